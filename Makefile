@@ -1,0 +1,60 @@
+# Everything a person types here. Needs GNU make and Python 3.11 or newer; `make test` also
+# Java 17 and Maven. Nothing is written outside this folder but package caches.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+
+.ONESHELL:
+.SHELLFLAGS := -euc
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+env: ## the Python environment in .venv, as requirements.lock pins it
+	@want="$$(cat requirements.lock pyproject.toml | sha256sum) $(CURDIR)"
+	if $(BIN)/python $(RECENT) 2>/dev/null && [ "$$(cat .venv/synced 2>/dev/null)" = "$$want" ]; then
+	    exit 0
+	fi
+	if ! $(PYTHON) $(RECENT) 2>/dev/null; then
+	    echo >&2 "Penchant needs Python 3.11 or newer, and $(PYTHON) is not: name one that is," \
+	        "as in \`make $(MAKECMDGOALS) PYTHON=python3.12\`"
+	    exit 1
+	fi
+	if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then
+	    echo >&2 "$(PYTHON) cannot make an environment: type \`apt-get install python3-venv\` as root"
+	    exit 1
+	fi
+	if ! $(BIN)/python $(RECENT) 2>/dev/null || [ ! -x $(BIN)/uv ]; then
+	    $(PYTHON) -m venv --clear .venv
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8'
+	fi
+	# No package but those in the lock: two of them carry data, and their own dependencies are
+	# left out on purpose (pyproject.toml says which).
+	export VIRTUAL_ENV="$(CURDIR)/.venv"
+	echo "Installing what requirements.lock pins into .venv (the first time a few GB: torch)"
+	$(BIN)/uv pip sync $$([ -t 2 ] || echo --quiet) requirements.lock
+	$(BIN)/uv pip install --quiet --no-deps --editable .
+	echo "$$want" > .venv/synced
+
+demo: env ## real shoppers' events through broker, encoder and Redis, live; Ctrl-C ends it
+	@exec $(BIN)/penchant demo
+
+test: env lint ## everything, on Apache Kafka and Redis
+	@exec $(BIN)/python -m pytest
+
+lint: env ## ruff, mypy and the direction of imports
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: env ## throughput and freshness beside a plain Faust pipeline
+	@exec $(BIN)/python -m tests.bench
+
+clean: ## stops the local stack; removes what can be made again, .venv included
+	@if [ -e .penchant/stack.json ]; then $(BIN)/penchant down; fi
+	rm -rf .venv .penchant .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""What can go wrong with encoders and releases, named by what the caller should do.
+
+    ModelError
+    ├── WeightsUnavailable       get the encoder's files, or name others
+    ├── EncoderSettingsInvalid   change a setting (also a ValueError)
+    ├── NonFiniteVectors         raise the precision, or take another base
+    └── ReleaseError
+        ├── ReleaseMissing       build a release, or point at the right folder
+        ├── ReleaseCorrupt       delete the folder and build it again
+        ├── ReleaseTooNew        upgrade this process
+        └── ReleaseUnwritable    make room, or name another folder
+
+Each message is one line that says what is wrong and what to do about it, so that a
+command-line tool can print it as it is.
+"""
+
+from __future__ import annotations
+
+
+class ModelError(Exception):
+    """Any failure of this package that its caller can do something about."""
+
+
+class WeightsUnavailable(ModelError):
+    """The encoder's files are not where they were said to be, or are not an encoder's."""
+
+
+class EncoderSettingsInvalid(ModelError, ValueError):
+    """A setting that this encoder or this machine cannot follow."""
+
+
+class NonFiniteVectors(ModelError):
+    """The tower gave NaN or infinity. Nothing was returned, so no profile was spoilt."""
+
+
+class ReleaseError(ModelError):
+    """A release folder that cannot be used."""
+
+
+class ReleaseMissing(ReleaseError):
+    """There is no release where one was looked for."""
+
+
+class ReleaseCorrupt(ReleaseError):
+    """A release's files are not those that its manifest promises."""
+
+
+class ReleaseTooNew(ReleaseError):
+    """The release was written in a later format than this process reads."""
+
+
+class ReleaseUnwritable(ReleaseError):
+    """The releases folder cannot be written to."""

@@ -1,0 +1,33 @@
+"""The profile and where it is kept. Other teams import the names below; nothing here needs
+torch, faust or a Kafka client."""
+
+from __future__ import annotations
+
+from .arithmetic import Profile
+from .connection import Connection
+from .errors import (
+    LayoutMismatch,
+    ProfileNotFound,
+    ProfilesError,
+    RedisUnavailable,
+    SchemaTooNew,
+    SpaceMismatch,
+    StateCorrupt,
+)
+from .reader import AsyncProfileReader, Interest, NearestItem, ProfileReader
+
+__all__ = [
+    "AsyncProfileReader",
+    "Connection",
+    "Interest",
+    "LayoutMismatch",
+    "NearestItem",
+    "Profile",
+    "ProfileNotFound",
+    "ProfileReader",
+    "ProfilesError",
+    "RedisUnavailable",
+    "SchemaTooNew",
+    "SpaceMismatch",
+    "StateCorrupt",
+]

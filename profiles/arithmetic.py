@@ -1,0 +1,765 @@
+"""The arithmetic of profiles: decay, fold, merge, and what a profile says when it is read.
+
+PURE: numpy only, no clock, no I/O. Time is an argument, always event time in ms.
+
+A profile holds, per time scale k of half-life h_k, the decayed sum of what the shopper did:
+
+    S_k(T) = sum_i w_i * 2^(-(T - t_i) / h_k) * v_i        T = the latest event time
+
+which is an exponentially decayed sum with forward decay (Cormode et al., ICDE 2009): late
+events fold in exactly, batches may be cut anywhere, and the order does not matter beyond
+float32 rounding. Beside it: the mass sum |w_i| 2^(...), the last events, counters, a decayed
+tally of categories, and per source partition the offset up to which events are in.
+
+Writers fold many users at once (`Profiles`, a structure of arrays); readers look at one
+(`Profile`). Both are views of the byte layout in `schema.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import schema
+from .errors import LayoutMismatch, SchemaTooNew, SpaceMismatch, StateCorrupt
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Keys64 = NDArray[np.uint64]
+
+_ENTRY: Final = schema.WINDOW_ENTRY.itemsize
+_CATEGORY: Final = schema.CATEGORY_ENTRY.itemsize
+_FENCE: Final = schema.FENCE_HEADER.itemsize
+_T_MS: Final = struct.Struct("<q")
+_FENCE_HEADER: Final = struct.Struct("<QQq")
+_WATERMARK: Final = struct.Struct("<Qq")
+_CATEGORY_ENTRY: Final = struct.Struct("<Qf")
+_REBUILD: Final = "delete it, and replay the topic for that user"
+FORGET: Final = 255
+"""The type code of a `forget` in event columns: it erases, it is not counted."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What profiles keep. Writers of one namespace must agree on it.
+
+    Raises ValueError, in the words of the settings, for what cannot be kept.
+    """
+
+    dimensions: int
+    half_lives_s: tuple[float, ...] = (1_800.0, 86_400.0, 2_592_000.0)  # shortest first
+    window: int = 50  # entries
+    seen: int = 64  # event ids
+    categories: int = 32
+    currency: str = "USD"
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.half_lives_s))
+        if not ordered or ordered != self.half_lives_s or not 0 < ordered[0] <= ordered[-1] < 1e12:
+            raise ValueError("PROFILE_HALF_LIVES_S needs positive seconds, the shortest first")
+        if not 0 < self.dimensions < 1 << 16:
+            raise ValueError("MODEL_DIMENSIONS must lie between 1 and 65535")
+        if self.window < 1 or self.categories < 1 or self.seen < 0:
+            raise ValueError("PROFILE_WINDOW and PROFILE_CATEGORIES need at least 1")
+
+    @property
+    def header(self) -> np.dtype[Any]:
+        """The numpy dtype of the fixed part of the state."""
+        return schema.header_dtype(len(self.half_lives_s), self.dimensions)
+
+    @property
+    def half_lives_ms(self) -> NDArray[np.float64]:
+        """(K,) in milliseconds."""
+        return np.asarray(self.half_lives_s, dtype=np.float64) * 1000.0
+
+
+@dataclass(frozen=True)
+class EventColumns:
+    """m events in arrival order, each for one of n users. Arrival order within a source
+    partition is offset order."""
+
+    row: Ints  # (m,) index of the user in the Profiles
+    source: list[int]  # m source keys (schema.source_key)
+    offset: list[int]  # m offsets in that source
+    event: list[bytes]  # m event keys of 8 bytes; b"" = no id, never a repeat
+    t_ms: Ints  # (m,) event time, not before 1970
+    type: NDArray[np.uint8]  # (m,) index into EVENT_TYPES, or FORGET
+    weight: Floats  # (m,)
+    item: Keys64  # (m,) schema.key64(item_id), 0 = none
+    category: Keys64  # (m,) schema.key64(category), 0 = none
+    vector: Floats  # (m, D) unit rows; zero rows where not resolved
+    resolved: NDArray[np.bool_]  # (m,) False: the item's text is not known yet
+    text: NDArray[np.bool_]  # (m,) the vector is of the event's own text
+    spend: NDArray[np.float64]  # (m,) in the shop's currency
+    foreign: NDArray[np.bool_]  # (m,) a purchase in another currency
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What became of the events of one fold."""
+
+    applied: Ints  # indices of the events that count now
+    touched: list[int]  # users whose profile or watermark moved
+    replayed: int  # at or below the watermark: they counted before
+    repeated: int  # same event id as an earlier one: a producer's repeat
+    forgotten: int  # `forget` commands carried out
+
+
+@dataclass
+class Profiles:
+    """n users as a structure of arrays, mutable while a micro-batch is folded."""
+
+    header: NDArray[Any]  # (n,) of Layout.header
+    window: list[bytes]  # WINDOW_ENTRY, ordered by (t_ms, item, weight, type, flags)
+    seen: list[bytes]  # event keys of 8 bytes, in arrival order
+    categories: list[bytes]  # CATEGORY_ENTRY, ordered by category
+    pending: list[bytes]  # WINDOW_ENTRY whose item has no vector yet, in arrival order
+    watermarks: list[dict[int, int]]  # source key -> next offset
+    fences: list[bytes] = field(default_factory=list)  # as loaded; b"" = none
+
+    def __len__(self) -> int:
+        return len(self.header)
+
+
+# --- bytes -> profiles ---------------------------------------------------------------------
+
+
+def read_fence(fence: bytes) -> tuple[int, int, int, dict[int, int]]:
+    """(revision, writer, expires_s, {source: next offset}) of a fence field.
+
+    Raises StateCorrupt.
+    """
+    watermark = _watermark(fence)
+    revision, writer, expires_s = _FENCE_HEADER.unpack_from(fence)
+    return revision, writer, expires_s, watermark
+
+
+def _watermark(fence: bytes) -> dict[int, int]:
+    if len(fence) < _FENCE or (len(fence) - _FENCE) % _WATERMARK.size:
+        raise StateCorrupt(f"its fence has {len(fence)} bytes; {_REBUILD}")
+    return dict(_WATERMARK.iter_unpack(fence[_FENCE:]))
+
+
+def write_fence(revision: int, writer: int, expires_s: int, watermark: Mapping[int, int]) -> bytes:
+    """The bytes of a fence field."""
+    return _FENCE_HEADER.pack(revision, writer, expires_s) + b"".join(
+        _WATERMARK.pack(source, watermark[source]) for source in sorted(watermark)
+    )
+
+
+def unpack(
+    states: Sequence[bytes | None], fences: Sequence[bytes | None], layout: Layout
+) -> Profiles:
+    """Stored fields of n users -> Profiles; None is a user without a profile.
+
+    Raises SchemaTooNew, LayoutMismatch or StateCorrupt.
+    """
+    size = layout.header.itemsize
+    blank = _blank(layout).tobytes()
+    stored = [blank if state is None else state for state in states]
+    heads = b"".join([state[:size].ljust(size, b"\0") for state in stored])
+    header = np.frombuffer(bytearray(heads), dtype=layout.header)
+    lengths = np.fromiter(map(len, stored), np.int64, len(stored))
+    _check(header, lengths, layout)
+    a = size + header["window_n"].astype(np.int64) * _ENTRY
+    b = a + header["seen_n"].astype(np.int64) * 8
+    c = b + header["categories_n"].astype(np.int64) * _CATEGORY
+    d = c + header["pending_n"].astype(np.int64) * _ENTRY
+    if (lengths != d).any():
+        i = int((lengths != d).argmax())
+        raise StateCorrupt(f"its state has {lengths[i]} bytes, its header says {d[i]}; {_REBUILD}")
+    window_end, seen_end, categories_end = a.tolist(), b.tolist(), c.tolist()
+    return Profiles(
+        header,
+        [state[size:end] for state, end in zip(stored, window_end, strict=True)],
+        [s[i:j] for s, i, j in zip(stored, window_end, seen_end, strict=True)],
+        [s[i:j] for s, i, j in zip(stored, seen_end, categories_end, strict=True)],
+        [state[start:] for state, start in zip(stored, categories_end, strict=True)],
+        [_watermark(fence) if fence else {} for fence in fences],
+        [fence or b"" for fence in fences],
+    )
+
+
+def _blank(layout: Layout) -> NDArray[Any]:
+    """(1,) the header of a user of whom nothing is known."""
+    blank = np.zeros(1, dtype=layout.header)
+    blank["version"], blank["dimensions"] = schema.SCHEMA_VERSION, layout.dimensions
+    blank["scales"], blank["half_lives_s"] = len(layout.half_lives_s), layout.half_lives_s
+    return blank
+
+
+def _check(header: NDArray[Any], lengths: Ints, layout: Layout) -> None:
+    """Refuse states that are cut short or of another layout. In this order: only the version
+    says what the bytes after it mean, and only dimensions and scales how many they are."""
+    if (lengths < schema.PREFIX.itemsize).any():
+        raise StateCorrupt(f"its state has {lengths.min()} bytes; {_REBUILD}")
+    _check_version(header["version"])
+    want = np.asarray(layout.half_lives_s, dtype="<f4")
+    sizes_agree = (header["dimensions"] == layout.dimensions) & (header["scales"] == len(want))
+    if (sizes_agree & (lengths < header.dtype.itemsize)).any():
+        raise StateCorrupt(f"its state is cut short; {_REBUILD}")
+    if not sizes_agree.all() or (header["half_lives_s"] != want).any():
+        raise LayoutMismatch(
+            "written with another MODEL_DIMENSIONS or PROFILE_HALF_LIVES_S: "
+            "restore those settings, or use another NAMESPACE"
+        )
+
+
+def _check_version(versions: NDArray[np.uint16]) -> None:
+    newest = int(versions.max(initial=0))
+    if newest > schema.SCHEMA_VERSION:
+        raise SchemaTooNew(
+            f"written with schema version {newest}, this penchant knows up to "
+            f"{schema.SCHEMA_VERSION}: upgrade it"
+        )
+    if (versions == 0).any():
+        raise StateCorrupt(f"its state has schema version 0; {_REBUILD}")
+
+
+def pack_states(profiles: Profiles) -> list[bytes]:
+    """The state fields of n users, ready to store."""
+    header = profiles.header
+    header["window_n"] = [len(b) // _ENTRY for b in profiles.window]
+    header["seen_n"] = [len(b) // 8 for b in profiles.seen]
+    header["categories_n"] = [len(b) // _CATEGORY for b in profiles.categories]
+    header["pending_n"] = [len(b) // _ENTRY for b in profiles.pending]
+    heads = _cut(header.tobytes(), [header.dtype.itemsize] * len(header))
+    tails = (profiles.window, profiles.seen, profiles.categories, profiles.pending)
+    return [b"".join(parts) for parts in zip(heads, *tails, strict=True)]
+
+
+def _cut(raw: bytes, lengths: Sequence[int]) -> list[bytes]:
+    """Consecutive pieces of the given lengths."""
+    ends = list(accumulate(lengths))
+    return [raw[i:j] for i, j in zip([0, *ends], ends, strict=False)]
+
+
+# --- fold ----------------------------------------------------------------------------------
+
+
+def fold(profiles: Profiles, events: EventColumns, layout: Layout, space: int) -> Folded:
+    """Fold m events into n users' profiles, in place. Each event counts once: what the
+    watermark covers, and what repeats a remembered event id, changes nothing.
+
+    Raises SpaceMismatch if a profile's sums live in another space than `space`.
+    """
+    _check_space(profiles, space)
+    folded = _admit(profiles, events, layout)
+    applied = folded.applied
+    if len(applied):
+        _append_windows(profiles, events, applied, layout)
+        _count(profiles, events, applied)
+        _fold_vectors(profiles, events, applied, layout, space)
+    return folded
+
+
+def _check_space(profiles: Profiles, space: int) -> None:
+    stored = profiles.header["space"]
+    other = (stored != space) & (stored != 0)
+    if other.any():
+        raise SpaceMismatch(
+            f"a profile lives in space {int(stored[other][0]):016x}, the encoder in {space:016x}: "
+            "serve the release those profiles were written with, or migrate them"
+        )
+
+
+def _admit(profiles: Profiles, events: EventColumns, layout: Layout) -> Folded:
+    """Decide, event by event in arrival order, what counts; move watermarks and event ids."""
+    watermarks, seen = profiles.watermarks, profiles.seen
+    keep: list[int] = []
+    touched: set[int] = set()
+    erased: dict[int, int] = {}  # row -> position of its last `forget`
+    replayed = repeated = forgotten = 0
+    remembered = layout.seen * 8
+    rows, types = events.row.tolist(), events.type.tolist()
+    for i, (row, source, offset, event, kind) in enumerate(
+        zip(rows, events.source, events.offset, events.event, types, strict=True)
+    ):
+        watermark = watermarks[row]
+        if offset < watermark.get(source, 0):
+            replayed += 1
+            continue
+        watermark[source] = offset + 1
+        touched.add(row)
+        # An unaligned match of 8 hashed bytes in 512 has odds of 2^-55: no need to align.
+        if event and event in seen[row]:
+            repeated += 1
+            continue
+        if kind == FORGET:
+            _erase(profiles, row, layout)
+            erased[row] = i
+            forgotten += 1
+        else:
+            keep.append(i)
+        # The id of a `forget` stays as well: its repeat must not erase what came in between.
+        if event and remembered:
+            seen[row] = (seen[row] + event)[-remembered:]
+    if erased:
+        keep = [i for i in keep if i > erased.get(rows[i], -1)]
+    applied = np.asarray(keep, dtype=np.int64)
+    return Folded(applied, sorted(touched), replayed, repeated, forgotten)
+
+
+def _erase(profiles: Profiles, row: int, layout: Layout) -> None:
+    """Drop all that is known of a user but the watermark, which keeps replays out."""
+    profiles.header[row] = _blank(layout)[0]
+    for part in (profiles.window, profiles.seen, profiles.categories, profiles.pending):
+        part[row] = b""
+
+
+def _append_windows(
+    profiles: Profiles, events: EventColumns, applied: Ints, layout: Layout
+) -> None:
+    """Put events with a weight into the window, those without a vector onto the pending list."""
+    weighty = applied[events.weight[applied] != 0]
+    weighty = weighty[np.argsort(events.row[weighty], kind="stable")]
+    row, t_ms = events.row[weighty], events.t_ms[weighty]
+    entries = np.zeros(len(weighty), dtype=schema.WINDOW_ENTRY)
+    entries["t_ms"], entries["item"] = t_ms, events.item[weighty]
+    entries["weight"], entries["type"] = events.weight[weighty], events.type[weighty]
+    entries["flags"] = np.where(events.text[weighty], schema.FLAG_TEXT, 0)
+    # Most events come in order and go to the end. Ties do not count as ordered: `_ordered`
+    # settles them, so that a window does not depend on the order of arrival.
+    late = set(row[1:][(row[1:] == row[:-1]) & (t_ms[1:] <= t_ms[:-1])].tolist())
+    users, starts, counts = np.unique(row, return_index=True, return_counts=True)
+    news = _cut(entries.tobytes(), (counts * _ENTRY).tolist())
+    window, limit = profiles.window, layout.window * _ENTRY
+    for user, first_ms, new in zip(users.tolist(), t_ms[starts].tolist(), news, strict=True):
+        old = window[user]
+        grown = old + new
+        if user in late or (old and first_ms <= _T_MS.unpack_from(old, len(old) - _ENTRY)[0]):
+            grown = _ordered(grown)
+        window[user] = grown[-limit:]
+    for i in np.flatnonzero(~events.resolved[weighty]).tolist():
+        _append_pending(profiles, int(row[i]), entries[i].tobytes())
+
+
+def _append_pending(profiles: Profiles, row: int, more: bytes) -> None:
+    """Beyond the bound the earliest arrivals are given up, and counted."""
+    pending = profiles.pending[row] + more
+    excess = max(0, len(pending) // _ENTRY - schema.MAX_PENDING)
+    profiles.header["pending_lost"][row] += excess
+    profiles.pending[row] = pending[excess * _ENTRY :]
+
+
+def _ordered(window: bytes) -> bytes:
+    """Window entries ordered by time, and at one time by the rest, which settles ties."""
+    entries = np.frombuffer(window, dtype=schema.WINDOW_ENTRY)
+    order = np.lexsort(
+        (entries["flags"], entries["type"], entries["weight"], entries["item"], entries["t_ms"])
+    )
+    return entries[order].tobytes()
+
+
+def _count(profiles: Profiles, events: EventColumns, applied: Ints) -> None:
+    header, row = profiles.header, events.row[applied]
+    np.add.at(header["counts"], (row, events.type[applied]), 1)
+    np.add.at(header["spend"], row, events.spend[applied])
+    np.add.at(header["foreign_purchases"], row, events.foreign[applied].astype(np.uint32))
+    first = np.full(len(header), np.iinfo(np.int64).max)
+    np.minimum.at(first, row, events.t_ms[applied])
+    known = header["events"] > 0
+    first[known] = np.minimum(first[known], header["first_ms"][known])
+    touched = np.unique(row)
+    header["first_ms"][touched] = first[touched]
+    np.add.at(header["events"], row, 1)
+
+
+def _fold_vectors(
+    profiles: Profiles, events: EventColumns, applied: Ints, layout: Layout, space: int
+) -> None:
+    """Decay all n users to their new T and add what the events contribute at that time."""
+    row, t_ms = events.row[applied], events.t_ms[applied]
+    latest = profiles.header["updated_ms"].copy()
+    np.maximum.at(latest, row, t_ms)
+    _advance(profiles, latest, layout)
+    active = events.resolved[applied] & (events.weight[applied] != 0)
+    _add(
+        profiles,
+        row[active],
+        t_ms[active],
+        events.weight[applied][active],
+        events.vector[applied][active],
+        events.category[applied][active],
+        layout,
+        space,
+    )
+
+
+def _advance(profiles: Profiles, t_ms: Ints, layout: Layout) -> None:
+    """Decay every user's sums, masses and categories to t_ms (n,), which is not earlier than
+    what they have. Decaying by a, then by b, equals decaying by a + b."""
+    header = profiles.header
+    age_ms = (t_ms - header["updated_ms"]).astype(np.float64)
+    header["updated_ms"] = t_ms
+    if not age_ms.any():
+        return
+    factor = np.exp2(-age_ms[:, None] / layout.half_lives_ms).astype(np.float32)  # (n, K)
+    header["masses"] *= factor
+    header["sums"] *= factor[:, :, None]
+    header["other_categories"] *= factor[:, -1]
+    lengths = [len(raw) for raw in profiles.categories]
+    entries = np.frombuffer(bytearray().join(profiles.categories), dtype=schema.CATEGORY_ENTRY)
+    entries["mass"] *= np.repeat(factor[:, -1], np.asarray(lengths, dtype=np.int64) // _CATEGORY)
+    profiles.categories[:] = _cut(entries.tobytes(), lengths)
+
+
+def _add(
+    profiles: Profiles,
+    row: Ints,  # (m,)
+    t_ms: Ints,  # (m,) not later than the user's T
+    weight: Floats,  # (m,)
+    vector: Floats,  # (m, D)
+    category: Keys64,  # (m,)
+    layout: Layout,
+    space: int,
+) -> None:
+    if not len(row):
+        return
+    header = profiles.header
+    age_ms = (header["updated_ms"][row] - t_ms).astype(np.float64)
+    decay = np.exp2(-age_ms[:, None] / layout.half_lives_ms).astype(np.float32)  # (m, K)
+    share = decay * weight[:, None]  # (m, K)
+    order = np.argsort(row, kind="stable")
+    users, starts = np.unique(row[order], return_index=True)
+    share, vector = share[order], vector[order]
+    header["masses"][users] += np.add.reduceat(np.abs(share), starts, axis=0)
+    for k in range(share.shape[1]):  # one scale at a time keeps the (m, D) temporary in cache
+        contribution = share[:, k, None] * vector  # (m, D)
+        if len(users) != len(order):
+            contribution = np.add.reduceat(contribution, starts, axis=0)  # (users, D)
+        header["sums"][users, k] += contribution
+    header["space"][users] = space
+    _add_categories(profiles, row[order], category[order], share[:, -1], layout)
+
+
+def _add_categories(
+    profiles: Profiles, row: Ints, category: Keys64, mass: Floats, layout: Layout
+) -> None:
+    """Add decayed weights to the users' category tallies (on the longest scale). Beyond the
+    bound the smallest leave for `other_categories`, so that no mass is lost."""
+    named = np.flatnonzero(category != 0)
+    if not len(named):
+        return
+    users = np.unique(row[named])
+    old = [profiles.categories[u] for u in users.tolist()]
+    old_n = np.fromiter((len(b) // _CATEGORY for b in old), np.int64, len(old))
+    stored = np.frombuffer(b"".join(old), dtype=schema.CATEGORY_ENTRY)
+    at = np.concatenate([np.repeat(users, old_n), row[named]])
+    keys = np.concatenate([stored["category"], category[named]])
+    masses = np.concatenate([stored["mass"], mass[named]])
+    order = np.lexsort((keys, at))
+    at, keys, masses = at[order], keys[order], masses[order]
+    new_key = np.ones(len(at), dtype=bool)
+    new_key[1:] = (at[1:] != at[:-1]) | (keys[1:] != keys[:-1])
+    starts = np.flatnonzero(new_key)
+    entries = np.empty(len(starts), dtype=schema.CATEGORY_ENTRY)
+    entries["category"] = keys[starts]
+    entries["mass"] = np.add.reduceat(masses, starts)
+    bounds = np.searchsorted(at[starts], users, side="right").tolist()
+    raw, begin = entries.tobytes(), 0
+    for user, end in zip(users.tolist(), bounds, strict=True):
+        if end - begin <= layout.categories:
+            profiles.categories[user] = raw[begin * _CATEGORY : end * _CATEGORY]
+        else:
+            kept, rest = _largest(entries[begin:end], layout.categories)
+            profiles.categories[user] = kept.tobytes()
+            profiles.header["other_categories"][user] += rest
+        begin = end
+
+
+def _largest(entries: NDArray[Any], count: int) -> tuple[NDArray[Any], float]:
+    """The `count` entries of largest |mass|, in key order, and the mass of the others."""
+    order = np.lexsort((entries["category"], -np.abs(entries["mass"])))
+    return entries[np.sort(order[:count])], float(entries["mass"][order[count:]].sum())
+
+
+def pending_items(profiles: Profiles) -> dict[int, list[int]]:
+    """Items that users wait for: {row: [item key, …]} of the users with pending events."""
+    return {
+        row: np.unique(np.frombuffer(raw, dtype=schema.WINDOW_ENTRY)["item"]).tolist()
+        for row, raw in enumerate(profiles.pending)
+        if raw
+    }
+
+
+def resolve_pending(
+    profiles: Profiles,
+    vectors: Mapping[int, Floats],
+    categories: Mapping[int, int],
+    layout: Layout,
+    space: int,
+) -> int:
+    """Fold the pending events of items whose vector has become known; the number folded.
+
+    vectors: item key -> (D,) unit vector; categories: item key -> category key.
+    Raises SpaceMismatch if a profile's sums live in another space than `space`.
+    """
+    _check_space(profiles, space)
+    rows: list[int] = []
+    found: list[NDArray[Any]] = []
+    for row, raw in enumerate(profiles.pending):
+        if not raw:
+            continue
+        entries = np.frombuffer(raw, dtype=schema.WINDOW_ENTRY)
+        known = np.fromiter((int(i) in vectors for i in entries["item"]), bool, len(entries))
+        if known.any():
+            profiles.pending[row] = entries[~known].tobytes()
+            rows += [row] * int(known.sum())
+            found.append(entries[known])
+    if not rows:
+        return 0
+    entries = np.concatenate(found)
+    items = entries["item"].tolist()
+    _add(
+        profiles,
+        np.asarray(rows, dtype=np.int64),
+        entries["t_ms"],
+        entries["weight"],
+        np.stack([vectors[item] for item in items]).astype(np.float32),
+        np.asarray([categories.get(item, 0) for item in items], dtype=np.uint64),
+        layout,
+        space,
+    )
+    return len(rows)
+
+
+# --- merge ---------------------------------------------------------------------------------
+
+
+def merge(left: Profiles, right: Profiles, layout: Layout) -> Profiles:
+    """Row by row, one profile of two that hold different events of one person (an anonymous
+    visitor who logs in). Associative and commutative within rounding, as long as the bounded
+    parts (window, ids, categories) keep what they hold.
+
+    Raises SpaceMismatch where the two live in different spaces.
+    """
+    a, b = left.header, right.header
+    if ((a["space"] != b["space"]) & (a["space"] != 0) & (b["space"] != 0)).any():
+        raise SpaceMismatch("profiles of two embedding spaces cannot be merged: migrate one first")
+    left, right = _copy(left), _copy(right)
+    latest = np.maximum(a["updated_ms"], b["updated_ms"])
+    for side in (left, right):
+        _advance(side, latest, layout)
+    out, add = left.header, right.header
+    known = np.stack([out["events"] > 0, add["events"] > 0])
+    first = np.where(known, np.stack([out["first_ms"], add["first_ms"]]), np.iinfo(np.int64).max)
+    out["first_ms"] = np.where(known.any(axis=0), first.min(axis=0), 0)
+    for name in (
+        "events", "pending_lost", "counts", "spend", "foreign_purchases",
+        "other_categories", "masses", "sums",
+    ):  # fmt: skip
+        out[name] += add[name]
+    out["space"] = np.maximum(out["space"], add["space"])
+    for i in range(len(left)):
+        entries = np.frombuffer(right.categories[i], dtype=schema.CATEGORY_ENTRY)
+        rows = np.full(len(entries), i)
+        _add_categories(left, rows, entries["category"], entries["mass"], layout)
+        window = _ordered(left.window[i] + right.window[i])
+        left.window[i] = window[-layout.window * _ENTRY :]
+        left.seen[i] = (left.seen[i] + right.seen[i])[-layout.seen * 8 :] if layout.seen else b""
+        _append_pending(left, i, right.pending[i])
+        sources = left.watermarks[i].keys() | right.watermarks[i].keys()
+        left.watermarks[i] = {
+            s: max(left.watermarks[i].get(s, 0), right.watermarks[i].get(s, 0)) for s in sources
+        }
+    return left
+
+
+def _copy(profiles: Profiles) -> Profiles:
+    return Profiles(
+        profiles.header.copy(),
+        list(profiles.window),
+        list(profiles.seen),
+        list(profiles.categories),
+        list(profiles.pending),
+        [dict(w) for w in profiles.watermarks],
+        list(profiles.fences),
+    )
+
+
+# --- one profile, as a reader sees it ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One shopper. Vectors may only be compared with vectors of the same `space`."""
+
+    user_id: str
+    space: str  # 16 hex digits; "" before the first vector
+    updated_ms: int  # latest event time
+    first_ms: int  # earliest event time
+    events: int
+    counts: dict[str, int]
+    spend: float
+    foreign_purchases: int
+    half_lives_s: tuple[float, ...]
+    masses: Floats  # (K,)
+    sums: Floats  # (K, D)
+    window: NDArray[Any]  # (<= N,) of schema.WINDOW_ENTRY, oldest first
+    categories: dict[int, float]  # category key -> decayed mass
+    other_categories: float  # decayed mass of the categories that the bound pushed out
+    seen: Keys64  # event ids remembered, oldest first
+    pending: int  # events waiting for their item's text
+    pending_lost: int  # events given up, because too many were waiting
+    watermark: dict[int, int]  # source key -> next offset
+
+    @property
+    def dimensions(self) -> int:
+        """Length of the vectors."""
+        return int(self.sums.shape[1])
+
+    def interest(self, scale: int) -> Floats:
+        """(D,) unit vector of one time scale (0 = shortest); zeros where nothing is known."""
+        return unit(self.sums[scale])
+
+    def similarity(self, other: Profile, scale: int) -> float:
+        """Cosine of two shoppers' interests. Raises SpaceMismatch across spaces."""
+        if self.space != other.space:
+            raise SpaceMismatch(
+                f"{self.user_id} lives in space {self.space}, {other.user_id} in {other.space}"
+            )
+        return float(self.interest(scale) @ other.interest(scale))
+
+
+def unit(vectors: Floats) -> Floats:
+    """Rows scaled to length 1; a zero row stays zero."""
+    norm = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True)
+    out: Floats = np.zeros(vectors.shape, dtype=np.float32)
+    np.divide(vectors, norm, out=out, where=norm > 0, casting="same_kind")
+    return out
+
+
+def decode(user_id: str, state: bytes, fence: bytes = b"") -> Profile:
+    """One stored profile; its layout is read from its own header.
+
+    Raises SchemaTooNew or StateCorrupt.
+    """
+    try:
+        layout = _layout_of(state)
+        profiles = unpack([state], [fence or None], layout)
+    except (SchemaTooNew, StateCorrupt) as error:
+        raise type(error)(f"the profile of user {user_id!r}: {error}") from None
+    header = profiles.header[0]
+    categories = np.frombuffer(profiles.categories[0], dtype=schema.CATEGORY_ENTRY)
+    space = int(header["space"])
+    return Profile(
+        user_id=user_id,
+        space=f"{space:016x}" if space else "",
+        updated_ms=int(header["updated_ms"]),
+        first_ms=int(header["first_ms"]),
+        events=int(header["events"]),
+        counts={n: int(header["counts"][c]) for n, c in schema.TYPE_CODE.items()},
+        spend=float(header["spend"]),
+        foreign_purchases=int(header["foreign_purchases"]),
+        half_lives_s=layout.half_lives_s,
+        masses=np.array(header["masses"]),
+        sums=np.array(header["sums"]),
+        window=np.frombuffer(profiles.window[0], dtype=schema.WINDOW_ENTRY),
+        categories=dict(
+            zip(categories["category"].tolist(), categories["mass"].tolist(), strict=True)
+        ),
+        other_categories=float(header["other_categories"]),
+        seen=np.frombuffer(profiles.seen[0], dtype="<u8"),
+        pending=len(profiles.pending[0]) // _ENTRY,
+        pending_lost=int(header["pending_lost"]),
+        watermark=profiles.watermarks[0],
+    )
+
+
+def _layout_of(state: bytes) -> Layout:
+    """The layout that a state says it was written with."""
+    prefix = np.frombuffer(state[: schema.PREFIX.itemsize].ljust(6, b"\0"), dtype=schema.PREFIX)
+    _check_version(prefix["version"])
+    scales, dimensions = int(prefix["scales"][0]), int(prefix["dimensions"][0])
+    # What the sums alone take: made-up sizes must not make up a type of gigabytes.
+    if scales * dimensions == 0 or len(state) < 4 * scales * dimensions:
+        raise StateCorrupt(f"its state is cut short; {_REBUILD}")
+    dtype = schema.header_dtype(scales, dimensions)
+    header = np.frombuffer(state[: dtype.itemsize].ljust(dtype.itemsize, b"\0"), dtype=dtype)
+    try:
+        return Layout(dimensions, tuple(header["half_lives_s"][0].tolist()))
+    except ValueError:
+        raise StateCorrupt(f"its state has impossible half-lives; {_REBUILD}") from None
+
+
+# --- the JSON a person reads ---------------------------------------------------------------
+
+
+def glances(profiles: Profiles, category_names: Mapping[int, str]) -> list[str]:
+    """The glance field of n users: {"v", "updated_ms", "events", "counts", "spend",
+    "categories"}; categories: the five of largest positive decayed mass, largest first."""
+    header = profiles.header
+    columns = zip(
+        header["updated_ms"].tolist(),
+        header["events"].tolist(),
+        header["counts"][:, : len(schema.EVENT_TYPES)].tolist(),
+        header["spend"].tolist(),
+        _top_categories(profiles, category_names),
+        strict=True,
+    )
+    return [
+        _GLANCE % (updated_ms, events, *counts, spend, ",".join(top))
+        for updated_ms, events, counts, spend, top in columns
+    ]
+
+
+_GLANCE: Final = (
+    f'{{"v":{schema.SCHEMA_VERSION},"updated_ms":%d,"events":%d,"counts":{{'
+    + ",".join(f'"{name}":%d' for name in schema.EVENT_TYPES)
+    + '},"spend":%.2f,"categories":{%s}}'
+)
+
+
+def _top_categories(
+    profiles: Profiles, names: Mapping[int, str], count: int = 5
+) -> list[list[str]]:
+    """Per user the heaviest categories as members of a JSON object."""
+    lengths = np.asarray([len(raw) // _CATEGORY for raw in profiles.categories], dtype=np.int64)
+    entries = np.frombuffer(b"".join(profiles.categories), dtype=schema.CATEGORY_ENTRY)
+    held = np.arange(lengths.max(initial=0)) < lengths[:, None]  # (n, W), W the longest tally
+    mass = np.zeros(held.shape, dtype=np.float32)
+    mass[held] = entries["mass"]
+    top = np.argsort(-mass, axis=1, kind="stable")[:, :count]  # (n, <= count)
+    mass = np.take_along_axis(mass, top, axis=1)
+    liked = mass > 0
+    flat = (top + (np.cumsum(lengths) - lengths)[:, None])[liked]  # positions in entries
+    keys, label = np.unique(entries["category"][flat], return_inverse=True)
+    labels = [json.dumps(names.get(key, f"{key:016x}")) for key in keys.tolist()]
+    members = [
+        f"{labels[i]}:{m:.3f}" for i, m in zip(label.tolist(), mass[liked].tolist(), strict=True)
+    ]
+    ends = np.cumsum(liked.sum(axis=1)).tolist()
+    return [members[i:j] for i, j in zip([0, *ends], ends, strict=False)]
+
+
+# --- several interests ---------------------------------------------------------------------
+
+
+def interests(vectors: Floats, weights: Floats, count: int) -> tuple[Floats, Floats]:
+    """Up to `count` centroids of what a shopper did lately, and their mass.
+
+    vectors: (n, D) unit rows of the window's items; weights: (n,) decayed weights; negative
+    ones take no part. Ward's agglomerative clustering as in PinnerSage (Pal et al., KDD 2020),
+    which needs no seed: the same window always gives the same interests.
+    Returns (c, D) unit centroids, heaviest first, and (c,) masses; c = 0 for nothing positive.
+    """
+    positive = weights > 0
+    points, mass = vectors[positive].astype(np.float64), weights[positive].astype(np.float64)
+    while len(points) > count:
+        gap = np.square(points[:, None] - points[None]).sum(axis=-1)  # (n, n)
+        cost = gap * (mass[:, None] * mass[None]) / (mass[:, None] + mass[None])
+        np.fill_diagonal(cost, np.inf)
+        i, j = sorted(np.unravel_index(int(cost.argmin()), cost.shape))
+        points[i] = (mass[i] * points[i] + mass[j] * points[j]) / (mass[i] + mass[j])
+        mass[i] += mass[j]
+        points, mass = np.delete(points, j, axis=0), np.delete(mass, j)
+    order = np.argsort(-mass, kind="stable")
+    return unit(points[order].astype(np.float32)), mass[order].astype(np.float32)

@@ -1,0 +1,202 @@
+"""Items in Redis: their records, their vectors per embedding space, and who waits for them.
+
+It does not know how a text becomes a vector, nor which topic an item came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import numpy as np
+
+from . import schema
+from .arithmetic import Floats
+from .connection import address, knows_command, redis_errors
+from .schema import ItemRecord, read_record
+
+if TYPE_CHECKING:
+    import redis
+
+BUCKETS: Final = 256
+_CHANGES_KEPT: Final = 100_000
+_WAITERS_PER_READ: Final = 1_000
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a catalogue record came from: the later offset of one source wins."""
+
+    source: int  # schema.source_key
+    offset: int
+
+
+class ItemStore:
+    """Items of one namespace in one Redis."""
+
+    def __init__(self, client: redis.Redis, keys: schema.Keys, where: str = "") -> None:
+        self._client = client
+        self._keys = keys
+        self._where = address(where) if where else "REDIS_URL"
+        self._put = client.register_script(schema.PUT_ITEM_SCRIPT)
+        self._has_vector_sets: bool | None = None
+
+    # records
+
+    def put(
+        self,
+        records: Sequence[ItemRecord],
+        versions: Sequence[str],
+        origins: Sequence[Origin | None],
+    ) -> None:
+        """Keep n records with the version of their text; origin None is an event's inline text.
+        Items whose text changed are announced to all workers."""
+        if not records:
+            return
+        keys: list[str] = []
+        args: list[str | int] = []
+        for record, version, origin in zip(records, versions, origins, strict=True):
+            item = schema.key64(record.item_id)
+            keys.append(self._keys.item(item))
+            source, offset = (
+                (f"{origin.source:016x}", f"{origin.offset:020d}") if origin else ("", "")
+            )
+            args += [source, offset, json.dumps(asdict(record)), version, f"{item:016x}"]
+        with redis_errors(self._where):
+            self._put(keys=[*keys, self._keys.item_changes()], args=[*args, _CHANGES_KEPT])
+
+    def records(self, items: Sequence[int]) -> dict[int, tuple[ItemRecord, str]]:
+        """item key -> (record, text version) of those that are known."""
+        with redis_errors(self._where):
+            pipe = self._client.pipeline(transaction=False)
+            for item in items:
+                pipe.hmget(self._keys.item(item), "record", "text_version")
+            replies = pipe.execute()
+        return {
+            item: (read_record(reply[0]), reply[1].decode())
+            for item, reply in zip(items, replies, strict=True)
+            if reply[0] is not None
+        }
+
+    # vectors
+
+    def put_vectors(
+        self, space: str, item_ids: Sequence[str], versions: Sequence[str], vectors: Floats
+    ) -> None:
+        """Keep (n, D) unit vectors of n items in one space, and index them where Redis can."""
+        with redis_errors(self._where):
+            indexed = self.has_vector_sets()
+            pipe = self._client.pipeline(transaction=False)
+            for item_id, version, vector in zip(item_ids, versions, vectors, strict=True):
+                raw = np.ascontiguousarray(vector, dtype="<f4").tobytes()
+                bucket = self._keys.vectors(space, schema.key64(item_id))
+                pipe.hset(bucket, item_id, bytes.fromhex(version) + raw)
+                if indexed:
+                    _raw(pipe, "VADD", self._keys.index(space), "FP32", raw, item_id, "NOQUANT")
+            pipe.execute()
+
+    def vectors(self, space: str, versions: Mapping[str, str]) -> dict[str, Floats]:
+        """item id -> (D,) vector, for items whose stored vector is of the given text version."""
+        with redis_errors(self._where):
+            pipe = self._client.pipeline(transaction=False)
+            for item_id in versions:
+                pipe.hget(self._keys.vectors(space, schema.key64(item_id)), item_id)
+            replies = pipe.execute()
+        return {
+            item_id: np.frombuffer(raw, dtype="<f4", offset=8)
+            for (item_id, version), raw in zip(versions.items(), replies, strict=True)
+            if raw is not None and raw[:8] == bytes.fromhex(version)
+        }
+
+    def drop_vectors(self, space: str, item_ids: Iterable[str]) -> None:
+        """Take items out of search: no nearest-items answer names them any more."""
+        with redis_errors(self._where):
+            indexed = self.has_vector_sets()
+            pipe = self._client.pipeline(transaction=False)
+            for item_id in item_ids:
+                pipe.hdel(self._keys.vectors(space, schema.key64(item_id)), item_id)
+                if indexed:
+                    _raw(pipe, "VREM", self._keys.index(space), item_id)
+            pipe.execute()
+
+    def has_vector_sets(self) -> bool:
+        """Whether this Redis (8.0 and up) has VADD and VSIM."""
+        if self._has_vector_sets is None:
+            with redis_errors(self._where):
+                self._has_vector_sets = knows_command(_raw(self._client, "COMMAND INFO", "VADD"))
+        return self._has_vector_sets
+
+    def set_space(self, space: str) -> None:
+        """Tell readers which space workers write now."""
+        with redis_errors(self._where):
+            self._client.set(self._keys.current_space(), space)
+
+    # categories
+
+    def name_categories(self, names: Mapping[int, str]) -> None:
+        """Keep the names behind category keys."""
+        if names:
+            with redis_errors(self._where):
+                self._client.hset(
+                    self._keys.categories(), mapping={f"{k:016x}": n for k, n in names.items()}
+                )
+
+    def category_names(self, categories: Sequence[int]) -> dict[int, str]:
+        """category key -> name of those that are known."""
+        if not categories:
+            return {}
+        with redis_errors(self._where):
+            fields = [f"{k:016x}" for k in categories]
+            replies = cast(list[bytes | None], self._client.hmget(self._keys.categories(), fields))
+        return {k: r.decode() for k, r in zip(categories, replies, strict=True) if r is not None}
+
+    # waiting users
+
+    def wait_for(self, waiters: Mapping[str, Iterable[int]]) -> None:
+        """user id -> item keys: resolve this user when one of these items gets a text."""
+        with redis_errors(self._where):
+            pipe = self._client.pipeline(transaction=False)
+            for user_id, items in waiters.items():
+                for item in items:
+                    pipe.sadd(self._keys.waiting(item), user_id)
+                    pipe.expire(self._keys.waiting(item), schema.WAITING_TTL_S)
+            pipe.execute()
+
+    def resolve_waiting(self, item: int, resolve: Callable[[list[str]], None]) -> None:
+        """Call `resolve` with the users that wait for an item, some at a time; those it returned
+        from are no longer waiting. If it raises, the rest keep waiting."""
+        key = self._keys.waiting(item)
+        while True:
+            with redis_errors(self._where):
+                members = cast(list[bytes], self._client.srandmember(key, _WAITERS_PER_READ))
+            if not members:
+                return
+            resolve([member.decode() for member in members])
+            with redis_errors(self._where):
+                self._client.srem(key, *members)
+
+    # changes
+
+    def changes_end(self) -> str:
+        """The position after the newest announced change."""
+        with redis_errors(self._where):
+            newest = cast(list[Any], self._client.xrevrange(self._keys.item_changes(), count=1))
+        return newest[0][0].decode() if newest else "0-0"
+
+    def changes_since(self, position: str) -> tuple[str, list[int]]:
+        """(new position, item keys announced since)."""
+        with redis_errors(self._where):
+            reply = cast(
+                list[Any], self._client.xread({self._keys.item_changes(): position}, count=10_000)
+            )
+        if not reply:
+            return position, []
+        entries = reply[0][1]
+        return entries[-1][0].decode(), [int(fields[b"item"], 16) for _, fields in entries]
+
+
+def _raw(client: Any, *command: Any) -> Any:
+    """Send a command redis-py has no method for (on a client or a pipeline)."""
+    return client.execute_command(*command)

@@ -1,0 +1,253 @@
+"""THE Redis schema: every key, field, binary layout, TTL, version and script on one screen.
+
+`docs/schema.md` is generated from this module. It knows bytes and names; what the numbers
+mean is in `arithmetic.py`, when they are written in `store.py`.
+
+All integers and floats are little-endian and packed without padding. Keys hash-tag the user
+id, so that everything about one user lies in one Redis Cluster slot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+
+SCHEMA_VERSION: Final = 1
+
+# The order is part of the layout: `counts[i]` and a window entry's `type` refer to it.
+EVENT_TYPES: Final = (
+    "impression",
+    "view",
+    "click",
+    "add_to_cart",
+    "remove_from_cart",
+    "purchase",
+    "search",
+    "review",
+    "message",
+)
+TYPE_CODE: Final = {name: code for code, name in enumerate(EVENT_TYPES)}
+COUNT_SLOTS: Final = 16  # room for seven more types before the layout must change
+
+# Fields of the profile hash.
+STATE: Final = "state"  # binary: header, window, seen, categories, pending
+GLANCE: Final = "glance"  # JSON for people and other languages
+FENCE: Final = "fence"  # binary: revision, writer, expiry, watermark per source partition
+
+# One entry of the recent window, and of the pending list: 24 bytes.
+WINDOW_ENTRY: Final = np.dtype(
+    [
+        ("t_ms", "<i8"),  # event time, ms since 1970-01-01 UTC
+        ("item", "<u8"),  # key of the item; 0 where the event has none
+        ("weight", "<f4"),  # signed weight it was folded with
+        ("type", "u1"),  # event type
+        ("flags", "u1"),  # bit 0: folded from the event's own text, not from an item
+        ("reserved", "<u2"),  # 0
+    ]
+)
+FLAG_TEXT: Final = 1
+
+# One category of the decayed tally: 12 bytes.
+CATEGORY_ENTRY: Final = np.dtype(
+    [
+        ("category", "<u8"),  # key of the category's name
+        ("mass", "<f4"),  # sum of weight, decayed on the longest time scale
+    ]
+)
+
+# The fence: 24 bytes, then 16 per source partition.
+FENCE_HEADER: Final = np.dtype(
+    [
+        ("revision", "<u8"),  # saves of this profile since it was created
+        ("writer", "<u8"),  # a number no other save has
+        ("expires_s", "<i8"),  # when the key expires, unix seconds
+    ]
+)
+WATERMARK_ENTRY: Final = np.dtype(
+    [
+        ("source", "<u8"),  # key of the source partition
+        ("next_offset", "<i8"),  # events of a lower offset are in
+    ]
+)
+
+MAX_PENDING: Final = 256
+# A forgotten user's id must not stay for ever in the set of an item that never comes. Whoever
+# is still waiting by then is served at their next event.
+WAITING_TTL_S: Final = 30 * 86_400
+
+
+def key64(text: str) -> int:
+    """First 8 bytes, little-endian, of SHA-256 of the UTF-8 text: the id of items, categories
+    and events inside binary fields. Any language can compute it."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def source_key(topic_id: str, partition: int) -> int:
+    """The id of one partition of one incarnation of a topic.
+
+    `topic_id` is the broker's UUID of the topic: a topic that is deleted and made again
+    restarts its offsets, and must not be mistaken for what was already applied.
+    """
+    return key64(f"{topic_id}/{partition}")
+
+
+@lru_cache(maxsize=8)
+def header_dtype(scales: int, dimensions: int) -> np.dtype[Any]:
+    """The fixed part of the state field for `scales` time scales of `dimensions` floats."""
+    return np.dtype(
+        [
+            ("version", "<u2"),  # schema version
+            ("dimensions", "<u2"),  # D
+            ("scales", "<u2"),  # K
+            ("window_n", "<u2"),  # entries of the window
+            ("seen_n", "<u2"),  # event keys remembered
+            ("categories_n", "<u2"),  # entries of the category tally
+            ("pending_n", "<u2"),  # entries of the pending list
+            ("flags", "<u2"),  # 0
+            ("space", "<u8"),  # the embedding space of the sums; 0 before the first vector
+            ("updated_ms", "<i8"),  # latest event time; sums and masses are decayed to it
+            ("first_ms", "<i8"),  # earliest event time
+            ("events", "<u4"),  # events counted
+            ("pending_lost", "<u4"),  # events whose item never got a text in time
+            ("counts", "<u4", (COUNT_SLOTS,)),  # events by type
+            ("spend", "<f8"),  # in the shop's currency
+            ("foreign_purchases", "<u4"),  # purchases in another currency, not in spend
+            ("other_categories", "<f4"),  # mass of categories that left the tally
+            ("half_lives_s", "<f4", (scales,)),  # of the time scales, shortest first
+            ("masses", "<f4", (scales,)),  # sum of |weight|, decayed
+            ("sums", "<f4", (scales, dimensions)),  # sum of weight * vector, decayed
+        ]
+    )
+
+
+# version, dimensions and scales come first so that a reader can size the rest.
+PREFIX: Final = np.dtype([("version", "<u2"), ("dimensions", "<u2"), ("scales", "<u2")])
+
+
+@dataclass(frozen=True)
+class ItemRecord:
+    """What is known of an item in words."""
+
+    item_id: str
+    title: str = ""
+    category: tuple[str, ...] = ()  # path, root first
+    brand: str = ""
+    price: float | None = None
+    currency: str | None = None
+    description: str = ""
+    deleted: bool = False
+
+    @property
+    def category_name(self) -> str:
+        """The first two levels of the path: what a profile tallies. "" without a category."""
+        return " > ".join(self.category[:2])
+
+
+def read_record(raw: bytes) -> ItemRecord:
+    """The record field of an item hash; what a later version put beside it is left out."""
+    known = {k: v for k, v in json.loads(raw).items() if k in ItemRecord.__dataclass_fields__}
+    return ItemRecord(**{**known, "category": tuple(known["category"])})
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Every Redis key of one namespace."""
+
+    namespace: str
+
+    def profile(self, user_id: str) -> str:
+        """Hash of one user: fields state, glance, fence. Expires after PROFILE_TTL_DAYS."""
+        return f"{self.namespace}:profile:{{{user_id}}}"
+
+    def item(self, item: int) -> str:
+        """Hash of one item: record (JSON), text_version (16 hex digits), and where the record
+        came from: source (16 hex digits; empty: from an event) and offset (20 digits)."""
+        return f"{self.namespace}:item:{item:016x}"
+
+    def waiting(self, item: int) -> str:
+        """Set of user ids with events on an item whose text has not arrived; expires after
+        WAITING_TTL_S."""
+        return f"{self.namespace}:waiting:{item:016x}"
+
+    def vectors(self, space: str, item: int) -> str:
+        """One of 256 hashes item id -> text version (8 bytes), then the float32 vector, of one
+        space (bucket = item key & 255)."""
+        return self.vectors_bucket(space, item & 0xFF)
+
+    def vectors_bucket(self, space: str, bucket: int) -> str:
+        """The hash of one bucket, see `vectors`."""
+        return f"{self.namespace}:vectors:{space}:{bucket:02x}"
+
+    def index(self, space: str) -> str:
+        """Vector set over the items of one space, where Redis has vector sets (8.0 and up)."""
+        return f"{self.namespace}:index:{space}"
+
+    def categories(self) -> str:
+        """Hash category key (16 hex digits) -> category name."""
+        return f"{self.namespace}:categories"
+
+    def item_changes(self) -> str:
+        """Stream of item keys whose text changed, trimmed; workers drop their cached vectors."""
+        return f"{self.namespace}:item-changes"
+
+    def current_space(self) -> str:
+        """String: the space id that workers write now."""
+        return f"{self.namespace}:space"
+
+
+# KEYS: profile keys. No ARGV. Reply: state, fence, state, fence, …
+LOAD_SCRIPT: Final = """
+local out = {}
+for i = 1, #KEYS do
+  local got = redis.call('HMGET', KEYS[i], 'state', 'fence')
+  out[2 * i - 1] = got[1]
+  out[2 * i] = got[2]
+end
+return out
+"""
+
+# KEYS: profile keys. ARGV, five per key: fence it was loaded with ('' = no profile), new fence,
+# state, glance, expiry (unix seconds, '0' = leave). Reply: positions (from 1) that were refused.
+# A save whose reply was lost finds its own fence and counts as done.
+SAVE_SCRIPT: Final = """
+local refused = {}
+for i = 1, #KEYS do
+  local key, at = KEYS[i], 5 * i - 4
+  local stored = redis.call('HGET', key, 'fence') or ''
+  if stored == ARGV[at] then
+    redis.call('HSET', key, 'fence', ARGV[at + 1], 'state', ARGV[at + 2], 'glance', ARGV[at + 3])
+    if ARGV[at + 4] ~= '0' then redis.call('EXPIREAT', key, ARGV[at + 4]) end
+  elseif stored ~= ARGV[at + 1] then
+    refused[#refused + 1] = i
+  end
+end
+return refused
+"""
+
+# KEYS: item keys, then the stream of changes. ARGV, five per item: origin source ('' = inline,
+# from an event), offset (20 digits), record, text version, item key in hex; then how many changes
+# to keep. An inline record only stands in where there is none, and an upsert never replaces one
+# of a later offset. A changed text is announced in the same breath: a worker that died between
+# the two would leave every other with the old vector.
+PUT_ITEM_SCRIPT: Final = """
+local changes = KEYS[#KEYS]
+for i = 1, #KEYS - 1 do
+  local at = 5 * i - 4
+  local got = redis.call('HMGET', KEYS[i], 'source', 'offset', 'text_version')
+  local source, offset = ARGV[at], ARGV[at + 1]
+  local stale
+  if source == '' then stale = got[1] else stale = got[1] == source and got[2] >= offset end
+  if not stale then
+    redis.call('HSET', KEYS[i], 'source', source, 'offset', offset,
+               'record', ARGV[at + 2], 'text_version', ARGV[at + 3])
+    if got[3] ~= ARGV[at + 3] then
+      redis.call('XADD', changes, 'MAXLEN', '~', ARGV[#ARGV], '*', 'item', ARGV[at + 4])
+    end
+  end
+end
+"""

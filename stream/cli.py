@@ -1,0 +1,492 @@
+"""`penchant …`: every process and tool starts here.
+
+Only arguments, settings and words for a person; the work is in the modules. Heavy imports
+(torch, faust) are made in the commands that need them, so that the others answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .errors import UserError
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from profiles import Profile, ProfileReader
+
+    from .local_stack import Stack
+
+app = typer.Typer(
+    help="Live profiles of shoppers: Kafka events through a text encoder into Redis. "
+    "Settings come from the environment (KAFKA_BOOTSTRAP, REDIS_URL, …: docs/operations.md); "
+    "without them the local stack of `penchant up` is used, if it runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+topics_app = typer.Typer(help="The Kafka topics of this namespace.", no_args_is_help=True)
+release_app = typer.Typer(help="Releases of the encoder.", no_args_is_help=True)
+profile_app = typer.Typer(help="Read profiles.", no_args_is_help=True)
+dlq_app = typer.Typer(
+    help="The dead-letter topic: records that were rejected.", no_args_is_help=True
+)
+schema_app = typer.Typer(help="Schemas of events and items.", no_args_is_help=True)
+for name, group in (
+    ("topics", topics_app),
+    ("release", release_app),
+    ("profile", profile_app),
+    ("dlq", dlq_app),
+    ("schema", schema_app),
+):
+    app.add_typer(group, name=name)
+
+console = Console()
+# A join takes the embedded broker half the session time-out.
+_TANSU_SESSION_TIMEOUT_S = "6"
+_errors = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line; failures a person can mend are one line and exit code 1."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    from model.errors import ModelError
+    from profiles.errors import ProfilesError
+
+    known = isinstance(error, UserError | ModelError | ProfilesError | ValidationError)
+    if isinstance(error, ValidationError):
+        message = "; ".join(
+            f"{'_'.join(str(part) for part in e['loc']).upper()}: {e['msg']}"
+            for e in error.errors()
+        )
+        message = f"bad settings: {message}"
+    else:
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+    _errors.print(f"[red]penchant:[/red] {_plain(message)}", highlight=False, soft_wrap=True)
+    if not known:
+        _errors.print("This is not an error we foresaw; run again with --debug for a traceback.")
+    return 1
+
+
+def _plain(text: str) -> str:
+    """Text as it is, brackets and all, in rich markup."""
+    from rich.markup import escape
+
+    return escape(text.strip())
+
+
+def load_settings() -> Settings:
+    """Settings of the environment; what it leaves open comes from a running local stack."""
+    from .local_stack import status as recorded
+
+    stack = recorded(Settings())
+    for variable, record in (("KAFKA_BOOTSTRAP", stack.kafka), ("REDIS_URL", stack.redis)):
+        if record is not None and (record.running or record.kind == "external"):
+            os.environ.setdefault(variable, record.address)
+    if stack.kafka is not None and stack.kafka.kind == "tansu":
+        os.environ.setdefault("KAFKA_SESSION_TIMEOUT_S", _TANSU_SESSION_TIMEOUT_S)
+    return Settings()
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+) -> None:
+    """The option is read in `main`, before any command runs; it stands here for --help."""
+
+
+# --- the local stack -----------------------------------------------------------------------
+
+
+@app.command()
+def up(
+    kafka: Annotated[
+        str, typer.Option(help="tansu (embedded), apache (needs Java 17), or host:port of yours.")
+    ] = "tansu",
+    redis: Annotated[str, typer.Option(help="bundled, or the URL of yours.")] = "bundled",
+) -> None:
+    """Start a broker and a Redis on this machine, and create the topics. `down` stops them."""
+    from .local_stack import up as start
+    from .topics import create_topics
+
+    with console.status("starting broker and Redis"):
+        stack = start(Settings(), kafka=kafka, redis=redis)
+    create_topics(load_settings())
+    _show_stack(stack)
+    console.print(
+        "Commands run here find them by themselves. Next: penchant release build, "
+        "penchant updater, penchant replay movielens; penchant down stops."
+    )
+
+
+@app.command()
+def down() -> None:
+    """Stop what `up` started. Data of the embedded broker is gone with it."""
+    from .local_stack import down as stop
+
+    stopped = stop(Settings())
+    for record in stopped:
+        console.print(f"stopped {record.kind} at {record.address}", highlight=False)
+    if not stopped:
+        console.print("nothing was running")
+
+
+@app.command()
+def status() -> None:
+    """What of the local stack runs, and where."""
+    from .local_stack import status as look
+
+    _show_stack(look(Settings()))
+
+
+def _show_stack(stack: Stack) -> None:
+    records = stack.records()
+    for role, record in records.items():
+        state = "running" if record.running else "not running"
+        state = "not ours" if record.kind == "external" else state
+        console.print(f"{role}  {record.kind}  {record.address}  {state}", highlight=False)
+    if not records:
+        console.print("no local stack: start one with `penchant up`")
+
+
+@topics_app.command("create")
+def topics_create() -> None:
+    """Create the topics that are missing; say where existing ones differ from the settings."""
+    from .topics import create_topics
+
+    table = Table("topic", "partitions", "replication", "cleanup", "retention", "state")
+    for report in create_topics(load_settings()):
+        retention = report.config.get("retention.ms", "")
+        days = f"{int(retention) / 86_400_000:g} d" if retention.lstrip("-").isdigit() else ""
+        state = "created" if report.created else "; ".join(report.differences) or "there, as set"
+        table.add_row(
+            report.name,
+            str(report.partitions),
+            str(report.replication),
+            report.config.get("cleanup.policy", ""),
+            days if report.config.get("cleanup.policy") == "delete" else "kept",
+            state,
+        )
+    console.print(table)
+
+
+# --- releases and the worker ---------------------------------------------------------------
+
+
+@release_app.command("build")
+def release_build(
+    dataset: Annotated[
+        str, typer.Option(help="Fit the projection on this data set's items (see `replay`).")
+    ] = "",
+    path: Annotated[
+        list[Path] | None, typer.Option(help="File of the data set, or a text per line.")
+    ] = None,
+) -> None:
+    """Build the base release from MODEL_BASE, if MODEL_RELEASES has no live one."""
+    from model.errors import ReleaseMissing
+    from model.releases import load_current
+
+    settings = load_settings()
+    try:
+        release = load_current(settings.model.releases)
+        console.print(f"{release.id} is live already", highlight=False)
+    except ReleaseMissing:
+        texts = catalogue_texts(dataset, path or [])
+        with _progress("encoding the catalogue") as report:
+            release = build_release(settings, texts, report)
+        console.print(f"{release.id} is live now", highlight=False)
+    console.print(f"{release.path}  {release.dimensions} dimensions, space {release.space}")
+
+
+def catalogue_texts(dataset: str, paths: list[Path]) -> list[str]:
+    """The texts to fit the base release's projection on."""
+    from model.text import item_text
+
+    from .datasets import load
+
+    if not dataset:
+        return [line for p in paths for line in _read_text(p).splitlines() if line.strip()]
+    items = load(dataset, paths or None).items
+    return [item_text(i.title, i.category, i.brand or "", i.description or "") for i in items]
+
+
+def build_release(
+    settings: Settings, texts: list[str], progress: Callable[[int, int], None]
+) -> Any:
+    """Build the base release that the settings describe and make it the live one."""
+    from model.releases import build_base, make_current
+
+    model = settings.model
+    release = build_base(
+        model.releases,
+        model.base,
+        texts,
+        model.dimensions,
+        pooling=model.pooling,
+        query_prefix=model.query_prefix,
+        passage_prefix=model.passage_prefix,
+        max_tokens=model.max_tokens,
+        device=model.device,
+        now=datetime.now(UTC),
+        progress=progress,
+    )
+    make_current(release)
+    return release
+
+
+@app.command()
+def updater() -> None:
+    """Run a worker: events and items in, profiles out. SIGTERM or Ctrl-C drains and leaves."""
+    logging.getLogger().setLevel(logging.INFO)
+    from .updater_app import Worker
+
+    Worker(load_settings()).run()
+
+
+# --- events in -----------------------------------------------------------------------------
+
+
+@app.command()
+def produce(
+    file: Annotated[
+        str, typer.Argument(help="JSON lines, one event each; - reads standard input.")
+    ] = "-",
+    items: Annotated[
+        bool, typer.Option("--items", help="The lines are items, not events.")
+    ] = False,
+) -> None:
+    """Produce events (or items) from JSON lines. Bad lines are named, and not sent."""
+    from .producing import produce_lines
+
+    lines = sys.stdin.buffer if file == "-" else _open(Path(file))
+    sent, bad = produce_lines(load_settings(), lines, items=items)
+    for number, detail in bad:
+        _errors.print(f"line {number}: {_plain(detail)}", highlight=False, soft_wrap=True)
+    console.print(f"{sent:,} sent" + (f", {len(bad):,} refused" if bad else ""), highlight=False)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def replay(
+    dataset: Annotated[
+        str, typer.Argument(help="movielens, online-retail, rees46, amazon, csv or parquet.")
+    ],
+    path: Annotated[
+        list[Path] | None, typer.Option(help="File of the data set; movielens needs none.")
+    ] = None,
+    columns: Annotated[
+        str, typer.Option(help="For csv and parquet: user_id=cust,item_id=sku,ts=when,title=name")
+    ] = "",
+    event_type: Annotated[
+        str, typer.Option("--type", help="For csv and parquet: the type of every row.")
+    ] = "",
+    utc_offset: Annotated[
+        str, typer.Option(help="For csv and parquet: offset of times without one, as +02:00.")
+    ] = "",
+    speed: Annotated[
+        float, typer.Option(help="Times faster than it happened; 0: as fast as it goes.")
+    ] = 3600.0,
+    rate: Annotated[float, typer.Option(help="Events per second at most; 0: no limit.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(help="Stop after so many events.")] = None,
+    shift_to_now: Annotated[
+        bool, typer.Option("--shift-to-now", help="Move event times so that the last is now.")
+    ] = False,
+) -> None:
+    """Replay recorded behaviour of real people: the items first, then events in event time."""
+    from .datasets import load, parse_mapping
+    from .producer import EventProducer
+    from .replay import Plan, Replay
+    from .replay import Progress as Sent
+
+    settings = load_settings()
+    data = load(
+        dataset,
+        path,
+        parse_mapping(columns) if columns else None,
+        event_type=event_type or None,
+        utc_offset=utc_offset or None,
+    )
+    console.print(f"{data.description}\nRule: {data.rule}", highlight=False)
+    plan = Plan(speed=speed, rate=rate, limit=limit, shift_to_now=shift_to_now)
+    with (
+        EventProducer(settings.kafka.client_config(), settings.namespace) as sink,
+        _progress("sent") as report,
+    ):
+
+        def show(sent: Sent) -> None:
+            report(sent.events, limit or len(data.events))
+
+        summary = Replay(data, sink, plan, on_progress=show).run()
+    by_type = ", ".join(f"{n:,} {name}" for name, n in summary.events.most_common())
+    console.print(
+        f"{summary.items:,} items, {by_type or 'no events'} in {summary.wall_s:.1f} s "
+        f"({summary.speed_up:,.0f} times as fast as it happened)",
+        highlight=False,
+    )
+    for reason, skip in summary.skipped.items():
+        console.print(f"left out: {skip.rows:,} rows, {reason}", highlight=False)
+
+
+# --- profiles out --------------------------------------------------------------------------
+
+
+@profile_app.command("show")
+def profile_show(
+    user: Annotated[str, typer.Argument(help="The user id, as the shop's events carry it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    vectors: Annotated[bool, typer.Option(help="With --json: the interest vectors too.")] = False,
+) -> None:
+    """One shopper: what they did, what they like, what lies nearest to that."""
+    from .profile_view import profile_json, render_profile
+
+    with _reader() as reader:
+        profile = reader.get(user)
+        if as_json:
+            print(json.dumps(profile_json(reader, profile, vectors), ensure_ascii=False))
+        else:
+            console.print(render_profile(reader, profile))
+
+
+@profile_app.command("similar")
+def profile_similar(
+    user: Annotated[str, typer.Argument(help="The user id.")],
+    k: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
+) -> None:
+    """Shoppers whose long-term interest lies nearest. Reads every profile: a tool, not an API."""
+    with _reader() as reader, console.status("reading all profiles"):
+        similar = reader.similar_users(user, k)
+        rows = [(other, cosine, _tastes(reader, reader.get(other))) for other, cosine in similar]
+    table = Table("user", "cosine", "categories")
+    for other, cosine, tastes in rows:
+        table.add_row(other, f"{cosine:.3f}", tastes)
+    console.print(table)
+
+
+def _tastes(reader: ProfileReader, profile: Profile) -> str:
+    return ", ".join(name for name, mass in reader.top_categories(profile, 3) if mass > 0)
+
+
+@contextmanager
+def _reader() -> Iterator[ProfileReader]:
+    from profiles import ProfileReader
+
+    from .connections import redis_connection
+
+    settings = load_settings()
+    with ProfileReader(redis_connection(settings), settings.namespace) as reader:
+        yield reader
+
+
+# --- dead letters and schemas --------------------------------------------------------------
+
+
+@dlq_app.command("show")
+def dlq_show(
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 20,
+) -> None:
+    """The newest rejected records: why, where they came from, and what they held."""
+    from .dead_letter import read
+
+    letters = read(load_settings(), limit)
+    if not letters:
+        console.print("no rejects")
+        return
+    for letter in letters:
+        when = datetime.fromtimestamp(letter.rejected_ms / 1000, UTC).isoformat("T", "seconds")
+        console.print(
+            f"{when}  {letter.topic}[{letter.partition}] @ {letter.offset}  "
+            f"[bold]{_plain(letter.reason)}[/bold]: {_plain(letter.detail)}",
+            highlight=False,
+        )
+        value = (letter.value or b"").decode(errors="replace")
+        console.print(f"    {_plain(value[:200])}", highlight=False, style="dim")
+
+
+@schema_app.command("export")
+def schema_export(
+    folder: Annotated[Path, typer.Argument(help="Where to write the files.")] = Path(
+        "docs/schemas"
+    ),
+) -> None:
+    """Write the JSON Schemas of events and items, and the AsyncAPI document."""
+    from .schemas import write
+
+    for file in write(folder):
+        console.print(str(file), highlight=False)
+
+
+@app.command()
+def demo(
+    seconds: Annotated[
+        float | None,
+        typer.Option(envvar="DEMO_SECONDS", help="Stop after so long; without: at Ctrl-C."),
+    ] = None,
+    speed: Annotated[
+        float, typer.Option(help="Times faster than it happened.", envvar="DEMO_SPEED")
+    ] = 86_400.0,
+) -> None:
+    """Watch profiles of real people change: a recorded data set through the whole system."""
+    from .demo import run_demo
+
+    run_demo(Settings(), seconds=seconds, speed=speed, console=console)
+
+
+# --- small helpers -------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, silence elsewhere; yields report(done, total)."""
+    with Progress(
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=_errors, disable=not _errors.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_text(path: Path) -> str:
+    with _open(path) as file:
+        return str(file.read(), "utf-8", "replace")
+
+
+if __name__ == "__main__":
+    main()

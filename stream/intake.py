@@ -1,0 +1,522 @@
+"""Kafka in: micro-batches of partition slices to the agent, offsets back after the save.
+
+A Faust service around a librdkafka consumer on a thread of its own. It knows topics,
+partitions, offsets and the group; it never looks inside a record.
+
+The rules that keep events exactly once in their profile:
+ - an offset is committed only after the slice that holds it was saved;
+ - a partition that is taken away is finished (the slice in hand) or dropped (slices waiting),
+   committed, and only then given back;
+ - a failure stops the process with nothing further committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import confluent_kafka as kafka
+from confluent_kafka.admin import AdminClient
+from mode import Service
+
+from profiles.schema import source_key
+
+from . import metrics
+from .errors import UserError
+from .group_protocol import choose_protocol
+from .offsets import OffsetTracker, TopicPartition
+from .settings import Settings
+from .topics import topic_ids
+
+log = logging.getLogger(__name__)
+
+_COMMIT_EVERY_S: Final = 0.2
+_LOOK_EVERY_S: Final = 1.0
+# librdkafka throws its prefetched records away when a partition is paused, so a short wait for
+# the updater is spent waiting, and only a long one paused and polling.
+_WAIT_BEFORE_PAUSE_S: Final = 1.0
+# A micro-batch is gathered in steps, so that its text budget is checked on the way.
+_STEP_RECORDS: Final = 1024
+_BYTES_PER_TOKEN: Final = 4
+_ID_ATTEMPTS: Final = 5
+_ID_PAUSE_S: Final = 0.2
+# Looks in a row at which a topic may be unknown, as to a broker that just started.
+_ABSENCES: Final = 3
+
+_SliceKey = tuple[str, int, int]  # topic, partition, epoch
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive records of one partition, in offset order."""
+
+    topic: str
+    partition: int
+    epoch: int  # of the assignment; stale once the partition is given away
+    source: int  # schema.source_key of the partition
+    offsets: list[int] = field(default_factory=list)
+    keys: list[bytes | None] = field(default_factory=list)
+    values: list[bytes | None] = field(default_factory=list)
+    timestamps_ms: list[int] = field(default_factory=list)
+    headers: list[list[tuple[str, bytes | None]] | None] = field(default_factory=list)
+
+    @property
+    def next_offset(self) -> int:
+        """The offset to commit once this slice is saved."""
+        return self.offsets[-1] + 1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the agent takes at a time: at most one slice per partition."""
+
+    slices: tuple[Slice, ...]
+
+    @property
+    def records(self) -> int:
+        """Records in all slices."""
+        return sum(len(s.offsets) for s in self.slices)
+
+
+class IntakeFailed(UserError):
+    """The consumer cannot go on: the process stops, and what is not saved stays uncommitted."""
+
+
+class Intake(Service):  # type: ignore[misc]
+    """The consumer thread, seen from the event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        topics: Sequence[str],
+        deliver: Callable[[MicroBatch], Any],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        """`deliver` is awaited in the event loop with each micro-batch; `on_failure` is called
+        there once if the consumer dies."""
+        super().__init__()
+        self._settings = settings
+        self._topics = list(topics)
+        self._deliver = deliver
+        self._on_failure = on_failure
+        self._tracker = OffsetTracker()
+        self._changed = threading.Condition()  # guards what follows
+        self._waiting_batches = 0
+        self._epochs: dict[TopicPartition, int] = {}  # assigned partitions
+        self._leaving: set[TopicPartition] = set()  # being revoked: nothing more is begun
+        self._epoch = 0
+        self._stopping = False
+        self._aborted = False
+        self._admin = AdminClient(client_config(settings))
+        self._topic_ids: dict[str, str | None] = {}
+        self._absences = 0
+        self._next_offset: dict[TopicPartition, int] = {}  # of assigned partitions, once read from
+        self._jumped_from: dict[TopicPartition, int] = {}  # offsets where some were missing
+        self._thread: threading.Thread | None = None
+        self.last_progress_s = time.monotonic()
+
+    # --- the event loop's side
+
+    async def on_start(self) -> None:
+        """Start the consumer thread."""
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="intake", daemon=True)
+        self._thread.start()
+
+    async def on_stop(self) -> None:
+        """Stop fetching, let the updater finish what it has begun, commit, leave the group."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, self._settings.stream.drain_s + 5)
+
+    def abort(self) -> None:
+        """Something failed: wait for nothing any more. What is saved may still be committed."""
+        with self._changed:
+            self._aborted = True
+            self._changed.notify_all()
+
+    def begin(self, batch: MicroBatch) -> MicroBatch:
+        """The part of a batch that is still ours to do; the rest is dropped, uncommitted, for
+        whoever reads it next. Any thread."""
+        current = []
+        with self._changed:
+            for piece in batch.slices:
+                partition = (piece.topic, piece.partition)
+                held = self._epochs.get(partition) == piece.epoch
+                if held and partition not in self._leaving and not self._stopping:
+                    self._tracker.begun(partition, piece.next_offset)
+                    current.append(piece)
+        metrics.SLICES_STALE.inc(len(batch.slices) - len(current))
+        return MicroBatch(tuple(current))
+
+    def done(self, begun: MicroBatch) -> None:
+        """All that `begin` returned is saved. Any thread."""
+        with self._changed:
+            self._waiting_batches -= 1
+            for piece in begun.slices:
+                partition = (piece.topic, piece.partition)
+                if self._epochs.get(partition) == piece.epoch:
+                    self._tracker.finished(partition, piece.next_offset)
+            self.last_progress_s = time.monotonic()
+            self._changed.notify_all()
+
+    def assigned(self) -> int:
+        """Partitions held now."""
+        with self._changed:
+            return len(self._epochs)
+
+    def idle(self) -> bool:
+        """Nothing is on its way through the updater."""
+        with self._changed:
+            return self._waiting_batches == 0
+
+    # --- the consumer thread
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            self._consume(loop)
+        except Exception as error:
+            log.debug("intake failed", exc_info=True)
+            loop.call_soon_threadsafe(self._on_failure, error)
+
+    def _consume(self, loop: asyncio.AbstractEventLoop) -> None:
+        protocol = choose_protocol(self._settings.kafka)
+        consumer = self._subscribed(protocol)
+        next_commit_s = next_look_s = 0.0
+        try:
+            while not (self._stopping or self._aborted):
+                batch = self._gather(consumer)
+                if batch is not None:
+                    self._hand_out(batch, loop)
+                    self._wait_for_room(consumer, loop)
+                now_s = time.monotonic()
+                if now_s >= next_commit_s:
+                    self._commit(consumer, synchronous=False)
+                    next_commit_s = now_s + _COMMIT_EVERY_S
+                if now_s >= next_look_s:
+                    next_look_s = now_s + _LOOK_EVERY_S
+                    self._measure_lag(consumer)
+                    self._report_expired(consumer, self._jumped_from)
+                    self._jumped_from.clear()
+                    if protocol == "classic":  # the other one assigns topics by their id
+                        self._check_topics()
+            self._finish_in_hand(None)
+            self._commit(consumer, synchronous=True)
+        finally:
+            self.abort()  # closing gives all partitions back, and there is nothing left to wait for
+            consumer.close()
+
+    def _subscribed(self, protocol: str) -> kafka.Consumer:
+        config = consumer_config(self._settings, protocol, self._commit_answered)
+        consumer = kafka.Consumer(config)
+        consumer.subscribe(
+            self._topics, on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost
+        )
+        return consumer
+
+    def _gather(self, consumer: kafka.Consumer) -> MicroBatch | None:
+        """Records until the budget is full or the deadline has passed; None if there are none."""
+        stream = self._settings.stream
+        deadline_s = time.monotonic() + stream.batch_deadline_ms / 1000
+        slices: dict[_SliceKey, Slice] = {}
+        records, budget_bytes = 0, stream.batch_tokens * _BYTES_PER_TOKEN
+        # An event without text costs few tokens but about 200 bytes of JSON: the text budget
+        # is on top of what the records would weigh anyway.
+        budget_bytes += stream.batch_records * 256
+        while True:
+            left_s = deadline_s - time.monotonic()
+            wanted = min(_STEP_RECORDS, stream.batch_records - records)
+            messages = consumer.consume(wanted, max(left_s, 0.0))
+            for message in messages:
+                budget_bytes -= self._add(slices, message)
+            records += len(messages)
+            if records >= stream.batch_records or budget_bytes <= 0 or left_s <= 0:
+                break
+        return MicroBatch(tuple(slices.values())) if slices else None
+
+    def _add(self, slices: dict[_SliceKey, Slice], message: kafka.Message) -> int:
+        """Put one message into its slice; its size in bytes."""
+        error = message.error()
+        if error is not None:
+            _check(error)
+            return 0
+        partition = (message.topic(), message.partition())
+        # By epoch as well: a partition that is taken away and given back while a batch is gathered
+        # starts again at its committed offset, and its old records must not be mixed in.
+        key = (*partition, self._epochs.get(partition, -1))
+        piece = slices.get(key)
+        if piece is None:
+            source = source_key(self._topic_ids.get(key[0]) or key[0], key[1])
+            piece = slices[key] = Slice(*key, source)
+        offset, value = message.offset(), message.value()
+        expected = self._next_offset.get(partition, offset)
+        if offset != expected:
+            self._jumped(partition, expected, offset)
+        self._next_offset[partition] = offset + 1
+        piece.offsets.append(offset)
+        piece.keys.append(message.key())
+        piece.values.append(value)
+        piece.timestamps_ms.append(message.timestamp()[1])
+        piece.headers.append(message.headers())
+        return len(value) if value is not None else 0
+
+    def _jumped(self, partition: TopicPartition, expected: int, offset: int) -> None:
+        """Offsets go back in a topic that was deleted and made again; they leave some out where
+        retention was faster than this worker (or records were compacted, or transactions ended)."""
+        if offset < expected:
+            self._check_topics()
+        else:
+            self._jumped_from.setdefault(partition, expected)
+
+    def _hand_out(self, batch: MicroBatch, loop: asyncio.AbstractEventLoop) -> None:
+        with self._changed:
+            if self._waiting_batches == 0:
+                self.last_progress_s = time.monotonic()  # a pause in the stream is not a standstill
+            self._waiting_batches += 1
+            for piece in batch.slices:
+                partition = (piece.topic, piece.partition)
+                if self._epochs.get(partition) == piece.epoch:  # else lost while gathering
+                    self._tracker.handed_out(partition, piece.next_offset)
+        delivered = asyncio.run_coroutine_threadsafe(self._deliver(batch), loop)
+        delivered.add_done_callback(lambda future: self._surface(future, loop))
+
+    def _surface(self, delivered: Future[Any], loop: asyncio.AbstractEventLoop) -> None:
+        if not delivered.cancelled() and (error := delivered.exception()) is not None:
+            loop.call_soon_threadsafe(self._on_failure, error)
+
+    def _wait_for_room(self, consumer: kafka.Consumer, loop: asyncio.AbstractEventLoop) -> None:
+        """Hold back while the updater has enough to do; pause partitions if that takes long."""
+        limit = self._settings.stream.buffered_batches
+        with self._changed:
+            room = self._changed.wait_for(
+                lambda: self._waiting_batches < limit or self._stopping or self._aborted,
+                _WAIT_BEFORE_PAUSE_S,
+            )
+        if room:
+            return
+        consumer.pause(consumer.assignment())
+        while not (self._stopping or self._aborted):
+            # Polling serves rebalances and keeps the membership. Paused partitions give nothing;
+            # one that was assigned meanwhile may, once.
+            batch = self._gather(consumer)
+            if batch is not None:
+                self._hand_out(batch, loop)
+            consumer.pause(consumer.assignment())
+            self._commit(consumer, synchronous=False)
+            self._measure_lag(consumer)
+            with self._changed:
+                if self._waiting_batches < limit:
+                    break
+        consumer.resume(consumer.assignment())
+
+    def _finish_in_hand(self, partitions: set[TopicPartition] | None) -> None:
+        """Wait for what the updater has begun of these partitions, or of all, to be saved."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._aborted or self._tracker.in_hand(partitions) == 0,
+                self._settings.stream.drain_s,
+            )
+
+    def _commit(self, consumer: kafka.Consumer, *, synchronous: bool) -> None:
+        with self._changed:
+            offsets = self._tracker.committable()
+            self._tracker.committed(offsets)
+        if not offsets:
+            return
+        positions = [kafka.TopicPartition(t, p, offset) for (t, p), offset in offsets.items()]
+        try:
+            if synchronous:
+                self._commit_answered(None, consumer.commit(offsets=positions, asynchronous=False))
+            else:
+                consumer.commit(offsets=positions, asynchronous=True)
+        except kafka.KafkaException as error:
+            self._commit_answered(error.args[0], positions)
+
+    def _commit_answered(self, error: kafka.KafkaError | None, positions: list[Any]) -> None:
+        """Offer again what the broker did not take; without that the last commit before a
+        silence would stay lost. Not committed is safe: read again, records are found applied."""
+        refused = {(p.topic, p.partition): p.offset for p in positions if error or p.error}
+        if refused:
+            with self._changed:
+                self._tracker.not_committed(refused)
+            reason = error or next(p.error for p in positions if p.error)
+            log.info("offsets of %s not committed yet: %s", _names(positions), reason)
+
+    # --- rebalances, called by librdkafka inside consume()
+
+    def _assigned(self, consumer: kafka.Consumer, partitions: list[Any]) -> None:
+        self._learn_topic_ids(sorted({p.topic for p in partitions}))
+        self._report_expired(consumer, self._committed_offsets(consumer, partitions))
+        with self._changed:
+            self._epoch += 1
+            for p in partitions:
+                self._epochs[(p.topic, p.partition)] = self._epoch
+            metrics.PARTITIONS.set(len(self._epochs))
+        log.info("assigned %s", _names(partitions))
+
+    def _revoked(self, consumer: kafka.Consumer, partitions: list[Any]) -> None:
+        """Finish what is in hand, commit, give back. Slices still waiting turn stale at once."""
+        taken = {(p.topic, p.partition) for p in partitions}
+        log.info("giving back %s", _names(partitions))
+        with self._changed:
+            self._leaving |= taken
+        self._finish_in_hand(taken)
+        self._commit(consumer, synchronous=True)
+        self._drop(taken)
+
+    def _lost(self, consumer: kafka.Consumer, partitions: list[Any]) -> None:
+        log.warning("lost %s: the group went on without this worker", _names(partitions))
+        self._drop({(p.topic, p.partition) for p in partitions})
+
+    def _drop(self, partitions: set[TopicPartition]) -> None:
+        with self._changed:
+            self._leaving -= partitions
+            self._tracker.forget(partitions)
+            for partition in partitions:
+                self._epochs.pop(partition, None)
+                self._next_offset.pop(partition, None)
+                self._jumped_from.pop(partition, None)
+            metrics.PARTITIONS.set(len(self._epochs))
+
+    def _learn_topic_ids(self, topics: list[str]) -> None:
+        """Ask for the ids of assigned topics, anew each time: a topic may have been made again.
+
+        A topic's name stands in only where brokers give no ids: its events would count again under
+        the id. A broker that just started may not know a topic for a moment.
+        """
+        for attempt in range(_ID_ATTEMPTS if topics else 0):
+            try:
+                ids = topic_ids(self._admin, topics)
+            except kafka.KafkaException as error:
+                if attempt == _ID_ATTEMPTS - 1:
+                    raise IntakeFailed(f"the brokers do not tell topics' ids: {error}") from None
+            else:
+                self._topic_ids |= ids
+                if None not in ids.values():
+                    return
+            time.sleep(_ID_PAUSE_S)
+
+    def _check_topics(self) -> None:
+        """Stop if a topic was deleted or made again while it is read. librdkafka may go on at the
+        old offset in the new topic, and offsets of the two must not be taken for each other."""
+        known = {topic: topic_id for topic, topic_id in self._topic_ids.items() if topic_id}
+        try:
+            found = topic_ids(self._admin, sorted(known), _LOOK_EVERY_S) if known else {}
+        except kafka.KafkaException:
+            return  # no broker answers: nothing is read either
+        self._absences = self._absences + 1 if None in found.values() else 0
+        for topic, topic_id in found.items():
+            if topic_id != known[topic] and (topic_id or self._absences >= _ABSENCES):
+                what = "made again" if topic_id else "deleted"
+                raise IntakeFailed(f"{topic} was {what} while it was read: start again")
+
+    def _committed_offsets(
+        self, consumer: kafka.Consumer, partitions: list[Any]
+    ) -> dict[TopicPartition, int]:
+        try:
+            committed = consumer.committed(partitions, timeout=10)
+        except kafka.KafkaException as error:
+            log.warning("committed offsets not found out: %s", error)
+            return {}
+        return {(p.topic, p.partition): p.offset for p in committed if p.offset >= 0}
+
+    def _report_expired(
+        self, consumer: kafka.Consumer, next_offsets: dict[TopicPartition, int]
+    ) -> None:
+        """Say how many records the broker deleted before this group read them."""
+        try:
+            for (topic, partition), offset in next_offsets.items():
+                place = kafka.TopicPartition(topic, partition)
+                low, _ = consumer.get_watermark_offsets(place, timeout=10)
+                if offset < low:
+                    metrics.RECORDS_EXPIRED.inc(low - offset)
+                    log.error(
+                        "%s[%d]: %d records were deleted by retention before they were read; "
+                        "raise the topic's retention.ms, and rebuild profiles from an archive",
+                        topic, partition, low - offset,
+                    )  # fmt: skip
+        except kafka.KafkaException as error:
+            log.warning("could not compare offsets with the topics' start: %s", error)
+
+    def _measure_lag(self, consumer: kafka.Consumer) -> None:
+        lag = 0
+        for p in consumer.position(consumer.assignment()):
+            _, high = consumer.get_watermark_offsets(p, cached=True)
+            if p.offset >= 0 and high >= 0:
+                lag += max(0, high - p.offset)
+        metrics.LAG.set(lag)
+
+
+def _check(error: kafka.KafkaError) -> None:
+    """Raise for what does not mend itself; librdkafka retries the rest."""
+    code = error.code()
+    if code == kafka.KafkaError._PARTITION_EOF:
+        return
+    if error.fatal() or code in _ADVICE:
+        advice = _ADVICE.get(code, "start again; what is not saved is not committed")
+        raise IntakeFailed(f"the consumer cannot go on ({error.str()}): {advice}")
+    log.warning("consumer: %s", error.str())
+
+
+# What does not mend itself, and what to do about it.
+_ADVICE: Final = {
+    kafka.KafkaError.TOPIC_AUTHORIZATION_FAILED: "give this user Read on the topics",
+    kafka.KafkaError.GROUP_AUTHORIZATION_FAILED: "give this user Read on the group",
+    kafka.KafkaError._AUTHENTICATION: "check KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD",
+    kafka.KafkaError.UNKNOWN_TOPIC_OR_PART: "run `penchant topics create`, and start again",
+    kafka.KafkaError.UNSUPPORTED_VERSION: "set KAFKA_GROUP_PROTOCOL=classic",
+}
+
+
+def _names(partitions: list[Any]) -> str:
+    return ", ".join(f"{p.topic}[{p.partition}]" for p in partitions) or "nothing"
+
+
+def client_config(settings: Settings) -> dict[str, Any]:
+    """librdkafka properties for this process' clients, with their log in ours."""
+    return settings.kafka.client_config() | {
+        "logger": logging.getLogger("penchant.librdkafka"),
+        "log_level": 4,  # warnings
+        "topic.metadata.refresh.interval.ms": 30_000,
+    }
+
+
+def consumer_config(
+    settings: Settings, protocol: str, on_commit: Callable[[Any, list[Any]], None]
+) -> dict[str, Any]:
+    """librdkafka properties of the worker's consumer under a group protocol."""
+    config = client_config(settings) | {
+        "group.id": settings.topic("updater"),
+        "group.protocol": protocol,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "earliest",  # a group that is new, or late, must not skip records
+        "isolation.level": "read_committed",
+        "fetch.wait.max.ms": 50,
+        "fetch.queue.backoff.ms": 10,
+        "queued.max.messages.kbytes": 32 * 1024,
+        "max.poll.interval.ms": 300_000,
+        "on_commit": on_commit,
+    }
+    if settings.kafka.instance_id:
+        config["group.instance.id"] = settings.kafka.instance_id
+    # Every worker its part of each topic. Assignors that only count partitions (the brokers'
+    # default, cooperative-sticky) give one worker all events and another all items.
+    if protocol == "classic":
+        session_ms = int(settings.kafka.session_timeout_s * 1000)
+        config |= {
+            "partition.assignment.strategy": "range",
+            "session.timeout.ms": session_ms,
+            "heartbeat.interval.ms": max(session_ms // 10, 300),
+        }
+    else:
+        config["group.remote.assignor"] = "range"
+    return config

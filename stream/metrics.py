@@ -1,0 +1,143 @@
+"""Every metric: name, type, unit, what a bad value means. And the port they are served on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Final
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+
+REGISTRY: Final = CollectorRegistry()
+
+# Counters. Rates of the first three say what the worker does; the others should stay low.
+EVENTS_APPLIED: Final = Counter(
+    "penchant_events_applied", "Events that changed a profile", registry=REGISTRY
+)
+EVENTS_REPLAYED: Final = Counter(
+    "penchant_events_replayed",
+    "Events at or below the watermark. Bursts follow restarts and rebalances; a steady rate means "
+    "offsets are not committed",
+    registry=REGISTRY,
+)
+EVENTS_REPEATED: Final = Counter(
+    "penchant_events_repeated",
+    "Events whose id the shopper's profile remembers. A high share means a producer sends twice",
+    registry=REGISTRY,
+)
+EVENTS_REJECTED: Final = Counter(
+    "penchant_events_rejected", "Records sent to the dead-letter topic", ["reason"],
+    registry=REGISTRY,
+)  # fmt: skip
+EVENTS_PENDING: Final = Counter(
+    "penchant_events_pending",
+    "Events on items without a text, kept until it comes. A steady rate means items are not "
+    "produced to the items topic",
+    registry=REGISTRY,
+)
+EVENTS_FORWARDED: Final = Counter(
+    "penchant_events_forwarded",
+    "Events forwarded to the partition of their user. High: producers use another partitioner",
+    registry=REGISTRY,
+)
+USERS_SPLIT: Final = Counter(
+    "penchant_users_on_two_partitions",
+    "Times a user appeared on a further partition. Rising: producers disagree on the partitioner, "
+    "set STREAM_REPARTITION=true",
+    registry=REGISTRY,
+)
+USERS_FORGOTTEN: Final = Counter("penchant_users_forgotten", "Users erased", registry=REGISTRY)
+ITEMS_STORED: Final = Counter("penchant_items_stored", "Item upserts stored", registry=REGISTRY)
+SAVES: Final = Counter("penchant_profile_saves", "Profiles saved", registry=REGISTRY)
+SAVES_REFUSED: Final = Counter(
+    "penchant_profile_saves_refused",
+    "Saves refused because another writer was there first, and folded anew. A steady rate means "
+    "users on two partitions",
+    registry=REGISTRY,
+)
+SLICES_STALE: Final = Counter(
+    "penchant_slices_stale", "Slices dropped unread: their partition was given away",
+    registry=REGISTRY,
+)  # fmt: skip
+RECORDS_EXPIRED: Final = Counter(
+    "penchant_records_expired",
+    "Records that the broker deleted before they were read. Any: raise the retention",
+    registry=REGISTRY,
+)
+REDIS_RETRIES: Final = Counter(
+    "penchant_redis_retries", "Micro-batches tried again because Redis failed", registry=REGISTRY
+)
+
+# Gauges.
+LAG: Final = Gauge(
+    "penchant_lag_records", "Records behind the end of the assigned partitions", registry=REGISTRY
+)
+PARTITIONS: Final = Gauge("penchant_partitions_assigned", "Partitions", registry=REGISTRY)
+ITEM_HITS: Final = Gauge(
+    "penchant_item_cache_hits", "Item vectors found in memory", registry=REGISTRY
+)
+ITEM_MISSES: Final = Gauge(
+    "penchant_item_cache_misses", "Item vectors not found in memory", registry=REGISTRY
+)
+
+_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
+FRESHNESS_S: Final = Histogram(
+    "penchant_freshness_seconds",
+    "From the record's timestamp until its profile is readable, per micro-batch's oldest record",
+    buckets=_SECONDS, registry=REGISTRY,
+)  # fmt: skip
+STAGE_S: Final = Histogram(
+    "penchant_stage_seconds", "Time of one stage of a micro-batch", ["stage"],
+    buckets=_SECONDS, registry=REGISTRY,
+)  # fmt: skip
+BATCH_RECORDS: Final = Histogram(
+    "penchant_batch_records", "Records in a micro-batch",
+    buckets=(1, 4, 16, 64, 256, 1024, 4096, 16384), registry=REGISTRY,
+)  # fmt: skip
+
+Probe = Callable[[], tuple[bool, str]]
+
+
+class MetricsServer:
+    """/metrics, /healthz/live and /healthz/ready over HTTP, on a thread of its own."""
+
+    def __init__(self, port: int, live: Probe, ready: Probe) -> None:
+        """Bind the port; OSError if it is taken."""
+        probes = {"/healthz/live": live, "/healthz/ready": ready}
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/metrics":
+                    self._answer(200, generate_latest(REGISTRY), CONTENT_TYPE_LATEST)
+                elif self.path in probes:
+                    good, why = probes[self.path]()
+                    self._answer(200 if good else 503, f"{why}\n".encode(), "text/plain")
+                else:
+                    self._answer(404, b"/metrics /healthz/live /healthz/ready\n", "text/plain")
+
+            def _answer(self, status: int, body: bytes, content_type: str) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", content_type)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Probes come every few seconds: not worth a log line each."""
+
+        self._server = ThreadingHTTPServer(("", port), Handler)
+        self.port = int(self._server.server_address[1])
+        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
+
+    def stop(self) -> None:
+        """Close the port."""
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,121 @@
+"""A profile as a person reads it on a terminal, and as a program reads it in JSON."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from profiles import Profile, ProfileReader, SpaceMismatch
+from profiles.schema import EVENT_TYPES
+
+_SHOWN_EVENTS = 8
+_SHOWN_ITEMS = 8
+_BAR_CELLS = 20
+
+
+def render_profile(reader: ProfileReader, profile: Profile) -> RenderableType:
+    """Counters, interests by time scale, categories, last events, nearest items."""
+    parts: list[RenderableType] = [_heading(profile), _categories(reader, profile)]
+    parts.append(_recent(reader, profile))
+    nearest = _nearest(reader, profile)
+    if nearest is not None:
+        parts.append(nearest)
+    return Group(*parts)
+
+
+def profile_json(reader: ProfileReader, profile: Profile, vectors: bool) -> dict[str, Any]:
+    """The same for programs; `vectors` adds the unit interest vector of each time scale."""
+    records = reader.items(profile)
+    scales: list[dict[str, Any]] = [
+        {"half_life_s": half_life, "mass": round(float(mass), 6)}
+        for half_life, mass in zip(profile.half_lives_s, profile.masses, strict=True)
+    ]
+    if vectors:
+        for k, scale in enumerate(scales):
+            scale["interest"] = [round(float(x), 6) for x in profile.interest(k)]
+    return {
+        "user_id": profile.user_id,
+        "space": profile.space,
+        "first_ms": profile.first_ms,
+        "updated_ms": profile.updated_ms,
+        "events": profile.events,
+        "counts": {name: n for name, n in profile.counts.items() if n},
+        "spend": profile.spend,
+        "pending": profile.pending,
+        "scales": scales,
+        "categories": dict(reader.top_categories(profile, 10)),
+        "window": [
+            {
+                "t_ms": int(entry["t_ms"]),
+                "type": EVENT_TYPES[entry["type"]],
+                "weight": round(float(entry["weight"]), 6),
+                "item_id": records[item].item_id
+                if (item := int(entry["item"])) in records
+                else None,
+            }
+            for entry in profile.window
+        ],
+        "nearest_items": [
+            {"item_id": i.item_id, "cosine": round(i.cosine, 4), "title": i.title}
+            for i in _nearest_or_none(reader, profile)
+        ],
+    }
+
+
+def _heading(profile: Profile) -> Text:
+    counts = ", ".join(f"{n:,} {name}" for name, n in profile.counts.items() if n)
+    spend = f", spent {profile.spend:,.2f}" if profile.spend else ""
+    pending = f", {profile.pending} waiting for their item's text" if profile.pending else ""
+    return Text.assemble(
+        (profile.user_id, "bold"),
+        f"  {profile.events:,} events, {_day(profile.first_ms)} to {_time(profile.updated_ms)}\n"
+        f"{counts}{spend}{pending}\n",
+    )
+
+
+def _categories(reader: ProfileReader, profile: Profile) -> Table:
+    table = Table("category", "", "weight", box=None, pad_edge=False)
+    top = [(name, mass) for name, mass in reader.top_categories(profile, 6) if mass > 0]
+    for name, mass in top:
+        table.add_row(name, "█" * max(1, round(_BAR_CELLS * mass / top[0][1])), f"{mass:.2f}")
+    return table
+
+
+def _recent(reader: ProfileReader, profile: Profile) -> Table:
+    table = Table("last events", "", "item", box=None, pad_edge=False)
+    records = reader.items(profile)
+    for entry in profile.window[::-1][:_SHOWN_EVENTS]:
+        record = records.get(int(entry["item"]))
+        title = (record.title or record.item_id) if record else "–"
+        table.add_row(_time(int(entry["t_ms"])), EVENT_TYPES[entry["type"]], title)
+    return table
+
+
+def _nearest(reader: ProfileReader, profile: Profile) -> Table | None:
+    items = _nearest_or_none(reader, profile)
+    if not items:
+        return None
+    table = Table("nearest items", "cosine", "category", box=None, pad_edge=False)
+    for item in items:
+        name = item.title or item.item_id
+        table.add_row(name, f"{item.cosine:.3f}", " > ".join(item.category))
+    return table
+
+
+def _nearest_or_none(reader: ProfileReader, profile: Profile) -> list[Any]:
+    try:
+        return list(reader.nearest_items(profile.user_id, _SHOWN_ITEMS))
+    except SpaceMismatch:  # no item with a text yet: the rest of the profile is still worth seeing
+        return []
+
+
+def _time(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _day(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d")

@@ -1,0 +1,142 @@
+"""Every setting of every Penchant process, and the only reader of the environment.
+
+A setting `kafka.bootstrap` is the environment variable `KAFKA_BOOTSTRAP`: the group,
+an underscore, the field. Settings are frozen; a process reads them once at start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class KafkaSettings(_Group):
+    """How to reach the brokers (`KAFKA_…`)."""
+
+    bootstrap: str = "localhost:9092"
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    sasl_username: str = ""
+    sasl_password: SecretStr = SecretStr("")
+    ssl_ca_location: str = ""
+    group_protocol: Literal["auto", "classic", "consumer"] = "auto"
+    """`consumer` is KIP-848; `auto` takes it where the brokers offer it."""
+    session_timeout_s: Annotated[float, Field(ge=1)] = 45.0
+    instance_id: str = ""
+    """Static membership: one per worker, kept over restarts (a StatefulSet's pod name)."""
+    partitions: Annotated[int, Field(ge=1)] = 12
+    """For topics that Penchant creates."""
+    replication: Annotated[int, Field(ge=1)] = 1
+    retention_days: Annotated[float, Field(gt=0)] = 7.0
+
+    def client_config(self) -> dict[str, Any]:
+        """The librdkafka properties that any client of these brokers needs."""
+        config: dict[str, Any] = {
+            "bootstrap.servers": self.bootstrap,
+            "security.protocol": self.security_protocol,
+        }
+        if self.security_protocol.startswith("SASL"):
+            config |= {
+                "sasl.mechanism": self.sasl_mechanism,
+                "sasl.username": self.sasl_username,
+                "sasl.password": self.sasl_password.get_secret_value(),
+            }
+        if self.ssl_ca_location:
+            config["ssl.ca.location"] = self.ssl_ca_location
+        return config
+
+
+class RedisSettings(_Group):
+    """How to reach Redis (`REDIS_…`). `rediss://` in the URL turns TLS on."""
+
+    url: str = "redis://localhost:6379/0"
+    username: str = ""
+    password: SecretStr = SecretStr("")
+    tls_ca: str = ""
+    patience_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long a worker waits for a Redis that went away before it stops, uncommitted."""
+
+
+class StreamSettings(_Group):
+    """The worker's intake and micro-batches (`STREAM_…`)."""
+
+    repartition: bool = False
+    """Forward events that arrived on another partition than murmur2(user_id) names."""
+    batch_records: Annotated[int, Field(ge=1, le=100_000)] = 4096
+    batch_tokens: Annotated[int, Field(ge=256)] = 65_536
+    """A micro-batch also closes when its records hold about this many tokens of text."""
+    batch_deadline_ms: Annotated[float, Field(gt=0)] = 20.0
+    buffered_batches: Annotated[int, Field(ge=1)] = 4
+    """Micro-batches waiting for the updater before partitions are paused."""
+    max_ahead_s: Annotated[float, Field(ge=0)] = 300.0
+    """How far an event's time may lie ahead of the broker's timestamp."""
+    max_reject_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    reject_window: Annotated[int, Field(ge=1)] = 10_000
+    """Records over which the share of rejects is taken (and the fewest before it counts)."""
+    drain_s: Annotated[float, Field(gt=0)] = 5.0
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Port of /metrics and /healthz; 0 turns them off."""
+    data_dir: Path = Path(".penchant")
+    """Where a process keeps what may be lost without loss: Faust's files, caches, logs."""
+
+
+class ModelSettings(_Group):
+    """The encoder and its releases (`MODEL_…`)."""
+
+    base: str = "bundled"
+    """Folder or hub id of the base encoder; `bundled` is all-MiniLM-L6-v2 of the extra `local`."""
+    pooling: Literal["mean", "cls"] = "mean"
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    """Prefixes that the base model was trained with (E5: `query: ` and `passage: `)."""
+    releases: Path = Path(".penchant/releases")
+    dimensions: Annotated[int, Field(ge=8, le=4096)] = 128
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_tokens: Annotated[int, Field(ge=8, le=8192)] = 128
+    batch_tokens: Annotated[int, Field(ge=64)] = 16_384
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of the encoder; 0 is one fewer than the cores: the worker needs one itself."""
+    item_rows: Annotated[int, Field(ge=1)] = 1_000_000
+    """Item vectors held on the device at most."""
+
+
+class ProfileSettings(_Group):
+    """What a profile keeps (`PROFILE_…`)."""
+
+    half_lives_s: tuple[float, ...] = (1_800.0, 86_400.0, 2_592_000.0)
+    window: Annotated[int, Field(ge=1, le=1000)] = 50
+    dedupe: Annotated[int, Field(ge=0, le=4096)] = 64
+    """Event ids remembered per shopper, to count a producer's repeats once."""
+    categories: Annotated[int, Field(ge=1, le=1000)] = 32
+    interests: Annotated[int, Field(ge=1, le=16)] = 4
+    ttl_days: Annotated[float, Field(gt=0)] = 90.0
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "USD"
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Event weights by type (JSON); what is not named keeps its default."""
+
+
+class Settings(BaseSettings):
+    """All settings of a process, read from the environment."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", env_nested_delimiter="_", env_nested_max_split=1
+    )
+
+    namespace: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")] = "penchant"
+    kafka: KafkaSettings = KafkaSettings()
+    redis: RedisSettings = RedisSettings()
+    stream: StreamSettings = StreamSettings()
+    model: ModelSettings = ModelSettings()
+    profile: ProfileSettings = ProfileSettings()
+
+    def topic(self, name: str) -> str:
+        """`events` -> `penchant.events`: every topic and group carries the namespace."""
+        return f"{self.namespace}.{name}"

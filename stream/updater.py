@@ -1,0 +1,367 @@
+"""One micro-batch: parse, encode, fold, save. No Faust, no consumer, no commit.
+
+Three steps, so that the next micro-batch is parsed and encoded while Redis works on this one:
+
+    take_apart   bytes -> events and items; rejects to the dead-letter topic, strays sent on
+    prepare      items stored, events -> columns with vectors
+    apply        load profiles -> fold -> fenced save; whoever was refused, again
+
+The first two never look at a profile and may run ahead; `apply` runs in order. `prepare` and
+`apply` need Redis and may be repeated after a failure: what is saved already is below the
+watermark the second time. `take_apart` does not, and is done once: a reject counts once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from model.engine import Engine
+from profiles import arithmetic
+from profiles.arithmetic import EventColumns, Folded, Layout, Profiles
+from profiles.items import ItemStore, Origin
+from profiles.schema import CATEGORY_ENTRY, ItemRecord
+from profiles.store import ProfileStore
+
+from . import events as ev
+from . import forwarding, metrics
+from .catalogue import Catalogue
+from .contributions import Columns, columns
+from .dead_letter import DeadLetters, RejectWindow
+from .forwarding import Forwarder, origin_of
+from .intake import MicroBatch, Slice
+from .settings import Settings
+
+log = logging.getLogger(__name__)
+
+# A refusal means that another writer saved this user between our load and our save. Each round
+# leaves only those that were refused again, so more rounds than this mean a writer gone mad.
+_SAVE_ROUNDS: Final = 20
+_REFRESH_EVERY_S: Final = 1.0
+
+
+@dataclass(frozen=True)
+class TakenApart:
+    """A micro-batch in which nothing is bad or out of place."""
+
+    columns: Columns  # m events of n users
+    sources: list[int]  # m, with offsets: what the watermark counts
+    offsets: list[int]
+    items: list[tuple[list[ItemRecord], Origin]]  # per slice of the items topic
+    oldest_ms: int  # record timestamp, for freshness
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A micro-batch ready to be folded."""
+
+    users: list[str]  # n
+    events: EventColumns  # m
+    arrived_items: list[int]  # item keys whose text came in this batch
+    oldest_ms: int
+
+
+class Updater:
+    """Owns everything between a micro-batch and its profiles."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        profiles: ProfileStore,
+        items: ItemStore,
+        dead_letters: DeadLetters,
+        *,
+        layout: Layout,
+        weights: Mapping[str, float],
+        forwarder: Forwarder | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`forwarder` is set where events are sent on to their user's partition."""
+        self._settings = settings
+        self._engine = engine
+        self._profiles = profiles
+        self._items = items
+        self._dead_letters = dead_letters
+        self._layout = layout
+        self._weights = weights
+        self._forwarder = forwarder
+        self._clock = clock
+        self._space = int(engine.space, 16)
+        self._catalogue = Catalogue(engine, items)
+        self._rejects = RejectWindow(
+            settings.stream.reject_window, settings.stream.max_reject_share
+        )
+        self._items_topic = settings.topic("items")
+        self._forwarded_topic = settings.topic(forwarding.TOPIC)
+        self._next_refresh_s = 0.0
+        self._told_split = False
+
+    # --- take apart
+
+    def take_apart(self, batch: MicroBatch) -> TakenApart:
+        """Everything that needs neither Redis nor the encoder. Raises DeliveryFailed,
+        FlushTimedOut and TooManyRejects; then nothing of the batch may be committed."""
+        with metrics.STAGE_S.labels("take_apart").time():
+            items: list[tuple[list[ItemRecord], Origin]] = []
+            events: list[ev.Event] = []
+            sources: list[int] = []
+            offsets: list[int] = []
+            for piece in batch.slices:
+                if piece.topic == self._items_topic:
+                    items.append(self._take_items(piece))
+                    continue
+                taken, index = self._take_events(piece)
+                events += taken
+                forwarded = piece.topic == self._forwarded_topic
+                piece_sources, piece_offsets = origin_of(piece, index, forwarded)
+                sources += piece_sources
+                offsets += piece_offsets
+            self._dead_letters.flush()
+            if self._forwarder is not None:
+                self._forwarder.flush()
+            return TakenApart(
+                columns(events, self._weights, self._layout.currency),
+                sources,
+                offsets,
+                items,
+                min((min(s.timestamps_ms) for s in batch.slices), default=0),
+            )
+
+    def _take_events(self, piece: Slice) -> tuple[list[ev.Event], list[int]]:
+        ahead_ms = int(self._settings.stream.max_ahead_s * 1000)
+        parsed = ev.parse(piece.values, piece.timestamps_ms, ahead_ms)
+        self._reject(piece, parsed.rejects)
+        if self._forwarder is None:
+            return parsed.events, parsed.index
+        return self._forwarder.keep_local(piece, parsed.events, parsed.index)
+
+    def _take_items(self, piece: Slice) -> tuple[list[ItemRecord], Origin]:
+        parsed = ev.parse_items(piece.keys, piece.values)
+        self._reject(piece, parsed.rejects)
+        records = [_record(item) for item in parsed.upserts]
+        records += [ItemRecord(item_id, deleted=True) for item_id in parsed.deletions]
+        # Only the latest record of an item is left, so the slice's last offset orders them all.
+        return records, Origin(piece.source, piece.offsets[-1])
+
+    def _reject(self, piece: Slice, rejects: Sequence[ev.Rejected]) -> None:
+        for reject in rejects:
+            i = reject.index
+            metrics.EVENTS_REJECTED.labels(reject.reason).inc()
+            self._dead_letters.put(
+                key=piece.keys[i],
+                value=piece.values[i],
+                headers=piece.headers[i],
+                topic=piece.topic,
+                partition=piece.partition,
+                offset=piece.offsets[i],
+                timestamp_ms=piece.timestamps_ms[i],
+                reason=reject.reason,
+                detail=reject.detail,
+            )
+        self._rejects.add(len(piece.values), rejects)
+
+    # --- prepare
+
+    def prepare(self, taken: TakenApart) -> Prepared:
+        """Everything else that does not need profiles. Raises RedisUnavailable."""
+        with metrics.STAGE_S.labels("prepare").time():
+            if self._clock() >= self._next_refresh_s:
+                self._catalogue.refresh()
+                self._next_refresh_s = self._clock() + _REFRESH_EVERY_S
+            arrived: list[int] = []
+            for records, origin in taken.items:
+                arrived += self._catalogue.upsert(records, origin)
+            events, told = self._with_vectors(taken)
+            return Prepared(list(taken.columns.users), events, arrived + told, taken.oldest_ms)
+
+    def _with_vectors(self, batch: TakenApart) -> tuple[EventColumns, list[int]]:
+        """The events with their vectors, and the items whose text they were the first to tell."""
+        taken, told = batch.columns, list[int]()
+        m, dimensions = len(taken.row), self._layout.dimensions
+        weight = np.asarray(taken.weight, dtype=np.float32)
+        vector = np.zeros((m, dimensions), dtype=np.float32)
+        resolved = np.ones(m, dtype=bool)  # an event without item and text has nothing to wait for
+        category = np.zeros(m, dtype=np.uint64)
+        keys = self._catalogue.keys_of(taken.item_id)
+        at = np.flatnonzero(
+            [bool(i) and w != 0 for i, w in zip(taken.item_id, taken.weight, strict=True)]
+        )
+        if len(at):
+            inline = dict(
+                zip(self._catalogue.keys_of(list(taken.inline)), taken.inline.values(), strict=True)
+            )
+            got = self._catalogue.resolve([keys[i] for i in at.tolist()], inline)
+            vector[at], resolved[at], category[at] = got.vectors, got.found, got.categories
+            told = got.told
+            metrics.EVENTS_PENDING.inc(int((~got.found).sum()))
+        at = np.flatnonzero([bool(text) for text in taken.text])
+        text = np.zeros(m, dtype=bool)
+        if len(at):
+            vector[at] = self._engine.encode([taken.text[i] for i in at.tolist()], "query")
+            text[at] = True
+        events = EventColumns(
+            row=np.asarray(taken.row, dtype=np.int64),
+            source=batch.sources,
+            offset=batch.offsets,
+            event=taken.event,
+            t_ms=np.asarray(taken.t_ms, dtype=np.int64),
+            type=np.asarray(taken.type, dtype=np.uint8),
+            weight=weight,
+            item=np.asarray(
+                [k if i else 0 for k, i in zip(keys, taken.item_id, strict=True)], dtype=np.uint64
+            ),
+            category=category,
+            vector=vector,
+            resolved=resolved,
+            text=text,
+            spend=np.asarray(taken.spend, dtype=np.float64),
+            foreign=np.asarray(taken.foreign, dtype=bool),
+        )
+        return events, told
+
+    # --- apply
+
+    def apply(self, prepared: Prepared) -> None:
+        """Fold and save. Raises RedisUnavailable and what the profiles' state may raise."""
+        with metrics.STAGE_S.labels("apply").time():
+            users, events = prepared.users, prepared.events
+            self._rounds(users, lambda profiles, rows: self._fold(profiles, events, rows))
+            for item in prepared.arrived_items:
+                self._items.resolve_waiting(item, self._resolve)
+        if prepared.oldest_ms:
+            metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
+
+    def _rounds(
+        self, users: Sequence[str], change: Callable[[Profiles, Sequence[int]], Iterable[int]]
+    ) -> None:
+        """Load, change, save; those whose save was refused, again. `change` gets the profiles
+        of some users and their positions among all, and returns the rows to save."""
+        left = list(range(len(users)))
+        for _ in range(_SAVE_ROUNDS):
+            if not left:
+                return
+            ids = [users[i] for i in left]
+            profiles = self._profiles.load(ids)
+            rows = sorted(set(change(profiles, left)) | self._resolve_pending(profiles))
+            self._catalogue.name_unknown(_categories(profiles, rows))
+            refused = self._profiles.save(
+                ids, profiles, rows, self._catalogue.category_names, self._clock()
+            )
+            metrics.SAVES.inc(len(rows) - len(refused))
+            metrics.SAVES_REFUSED.inc(len(refused))
+            self._wait_for_items(ids, profiles)
+            left = [left[row] for row in refused]
+        raise RuntimeError(
+            f"another writer kept overtaking this one on {len(left)} users, such as "
+            f"{users[left[0]]!r}: does a second updater write this NAMESPACE from other topics?"
+        )
+
+    def _fold(self, profiles: Profiles, events: EventColumns, rows: Sequence[int]) -> Iterable[int]:
+        if len(rows) != int(events.row.max(initial=-1)) + 1:
+            events = _of_users(events, rows)
+        folded = arithmetic.fold(profiles, events, self._layout, self._space)
+        self._report(profiles, folded)
+        return folded.touched
+
+    def _report(self, profiles: Profiles, folded: Folded) -> None:
+        metrics.EVENTS_APPLIED.inc(len(folded.applied))
+        metrics.EVENTS_REPLAYED.inc(folded.replayed)
+        metrics.EVENTS_REPEATED.inc(folded.repeated)
+        metrics.USERS_FORGOTTEN.inc(folded.forgotten)
+        split = sum(_gained_partition(profiles, row) for row in folded.touched)
+        if split:
+            metrics.USERS_SPLIT.inc(split)
+            if not self._told_split and self._forwarder is None:
+                self._told_split = True
+                log.warning(
+                    "%d users of one micro-batch have events on two partitions: producers disagree "
+                    "on the partitioner. Their profiles stay right, but their saves collide: use "
+                    "murmur2_random, or set STREAM_REPARTITION=true",
+                    split,
+                )
+
+    def _resolve(self, users: list[str]) -> None:
+        """Fold what these users' pending events can now contribute."""
+        self._rounds(users, lambda profiles, rows: ())
+
+    def _resolve_pending(self, profiles: Profiles) -> set[int]:
+        waiting = arithmetic.pending_items(profiles)
+        if not waiting:
+            return set()
+        keys = sorted({item for items in waiting.values() for item in items})
+        got = self._catalogue.resolve(keys, {})
+        vectors = {k: v for k, v, ok in zip(keys, got.vectors, got.found, strict=True) if ok}
+        categories = dict(zip(keys, got.categories.tolist(), strict=True))
+        arithmetic.resolve_pending(profiles, vectors, categories, self._layout, self._space)
+        still = arithmetic.pending_items(profiles)
+        return {row for row, items in waiting.items() if still.get(row) != items}
+
+    def _wait_for_items(self, users: Sequence[str], profiles: Profiles) -> None:
+        """Register the users that hold pending events, then look once more: an item that came
+        between our look-up and the registration would find nobody waiting."""
+        waiting = arithmetic.pending_items(profiles)
+        if not waiting:
+            return
+        self._items.wait_for({users[row]: items for row, items in waiting.items()})
+        keys = sorted({item for items in waiting.values() for item in items})
+        if self._catalogue.resolve(keys, {}).found.any():
+            self._resolve([users[row] for row in waiting])
+
+
+def _gained_partition(profiles: Profiles, row: int) -> bool:
+    """Whether this fold brought a user events of a further partition than the ones before."""
+    sources = len(profiles.watermarks[row])
+    if sources < 2:
+        return False
+    fence = profiles.fences[row]
+    return sources > (len(arithmetic.read_fence(fence)[3]) if fence else 0)
+
+
+def _categories(profiles: Profiles, rows: Sequence[int]) -> list[int]:
+    entries = np.frombuffer(
+        b"".join([profiles.categories[row] for row in rows]), dtype=CATEGORY_ENTRY
+    )
+    found: list[int] = np.unique(entries["category"]).tolist()
+    return found
+
+
+def _of_users(events: EventColumns, rows: Sequence[int]) -> EventColumns:
+    """The events of some users, who become rows 0, 1, …"""
+    new_row = np.full(int(events.row.max()) + 1, -1)
+    new_row[list(rows)] = np.arange(len(rows))
+    at = np.flatnonzero(new_row[events.row] >= 0)
+    picked = at.tolist()
+    return EventColumns(
+        row=new_row[events.row[at]],
+        source=[events.source[i] for i in picked],
+        offset=[events.offset[i] for i in picked],
+        event=[events.event[i] for i in picked],
+        t_ms=events.t_ms[at],
+        type=events.type[at],
+        weight=events.weight[at],
+        item=events.item[at],
+        category=events.category[at],
+        vector=events.vector[at],
+        resolved=events.resolved[at],
+        text=events.text[at],
+        spend=events.spend[at],
+        foreign=events.foreign[at],
+    )
+
+
+def _record(item: ev.Item) -> ItemRecord:
+    return ItemRecord(
+        item_id=item.item_id,
+        title=item.title,
+        category=tuple(item.category),
+        brand=item.brand or "",
+        price=item.price,
+        currency=item.currency,
+        description=item.description or "",
+    )

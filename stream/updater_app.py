@@ -1,0 +1,353 @@
+"""The updater as a Faust app: intake service -> channel -> agent -> updater. Only wiring.
+
+Faust runs the process (service graph, agents, signals, supervision). Its own Kafka consumer
+is left out through the boot strategy: records come from `intake.py`, and so do offsets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Container, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Final, TypeVar
+
+import faust
+from faust.app.base import BootStrategy
+from redis.exceptions import AuthenticationError
+
+from model.engine import Engine
+from model.releases import load_current
+from profiles.arithmetic import Layout
+from profiles.errors import RedisUnavailable
+from profiles.items import ItemStore
+from profiles.schema import Keys
+from profiles.store import ProfileStore
+
+from . import forwarding, metrics
+from .connections import redis_connection
+from .contributions import event_weights
+from .dead_letter import DeadLetters
+from .errors import UserError
+from .forwarding import Forwarder
+from .intake import Intake, MicroBatch
+from .settings import Settings
+from .topics import connect
+from .updater import Prepared, Updater
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+_RETRY_FIRST_S: Final = 0.1
+_RETRY_MOST_S: Final = 5.0
+# At the end, for threads to notice that nothing more is expected of them.
+_REST_S: Final = 0.5
+# A worker that has work and finished nothing for this long is stuck: the liveness probe fails.
+_STUCK_S: Final = 120.0
+
+
+def worker_topics(settings: Settings, existing: Container[str]) -> list[str]:
+    """The topics that a worker reads. What was forwarded before forwarding was turned off is
+    still to be folded, so that topic is read wherever it exists."""
+    topics = [settings.topic("events"), settings.topic("items")]
+    forwarded = settings.topic(forwarding.TOPIC)
+    if settings.stream.repartition or forwarded in existing:
+        topics.append(forwarded)
+    return topics
+
+
+def profile_layout(settings: Settings, dimensions: int) -> Layout:
+    """What the settings want profiles to keep. ValueError says what cannot be."""
+    profile = settings.profile
+    return Layout(
+        dimensions,
+        profile.half_lives_s,
+        profile.window,
+        profile.dedupe,
+        profile.categories,
+        profile.currency,
+    )
+
+
+def build_updater(settings: Settings, engine: Engine, partitions: int) -> Updater:
+    """An updater on real stores. `partitions`: of the events topic."""
+    client = redis_connection(settings).open()
+    keys = Keys(settings.namespace)
+    try:
+        layout = profile_layout(settings, engine.dimensions)
+        weights = event_weights(settings.profile.weights)
+    except ValueError as error:
+        raise UserError(f"the profile settings (PROFILE_…) cannot be used: {error}") from error
+    items = ItemStore(client, keys, settings.redis.url)
+    items.set_space(engine.space)
+    store = ProfileStore(
+        client,
+        keys,
+        layout,
+        ttl_s=settings.profile.ttl_days * 86_400,
+        writer=secrets.randbits(64),
+        where=settings.redis.url,
+    )
+    return Updater(
+        settings,
+        engine,
+        store,
+        items,
+        DeadLetters(settings),
+        layout=layout,
+        weights=weights,
+        forwarder=Forwarder(settings, partitions) if settings.stream.repartition else None,
+    )
+
+
+class Pipeline:
+    """Runs the updater's stages on two threads: one batch is prepared while the one before is
+    applied."""
+
+    def __init__(
+        self,
+        updater: Updater,
+        patience: Patience,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._patience = patience
+        self._updater = updater
+        self._on_failure = on_failure
+        self._prepare = ThreadPoolExecutor(1, "prepare")
+        self._apply = ThreadPoolExecutor(1, "apply")
+        self._calls: set[Future[Any]] = set()
+        self._applying: asyncio.Task[None] | None = None
+
+    async def feed(self, batch: MicroBatch, intake: Intake) -> None:
+        """Prepare a batch, and start to apply it once the one before is applied."""
+        begun = intake.begin(batch)
+        metrics.BATCH_RECORDS.observe(begun.records)
+        prepared = await self._call(self._prepare, self._prepared, begun)
+        if self._applying is not None:
+            await self._applying  # raises if it failed: a later batch must never pass a failed one
+        self._applying = asyncio.create_task(self._finish(begun, prepared, intake))
+        self._applying.add_done_callback(self._surface)
+
+    def close(self, wait_s: float) -> bool:
+        """Give up what waits for Redis; whether both threads came to rest in time."""
+        self._patience.end()
+        return not wait(list(self._calls), wait_s).not_done
+
+    def _prepared(self, begun: MicroBatch) -> Prepared:
+        taken = self._updater.take_apart(begun)
+        return self._patience(lambda: self._updater.prepare(taken))
+
+    async def _finish(self, begun: MicroBatch, prepared: Prepared, intake: Intake) -> None:
+        await self._call(self._apply, self._patience, lambda: self._updater.apply(prepared))
+        intake.done(begun)
+
+    async def _call(self, thread: ThreadPoolExecutor, function: Callable[[A], T], argument: A) -> T:
+        call = thread.submit(function, argument)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return await asyncio.wrap_future(call)
+
+    def _surface(self, applied: asyncio.Task[None]) -> None:
+        """Report a failure even if no further batch comes to meet it."""
+        if not applied.cancelled() and (error := applied.exception()) is not None:
+            self._on_failure(error)
+
+
+class Patience:
+    """Calls again what Redis was away for, until `limit_s` have passed or it is ended."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._ended = threading.Event()
+
+    def __call__(self, work: Callable[[], T]) -> T:
+        """What `work` returns. It must be safe to repeat. Raises RedisUnavailable in the end, and
+        at once where the login is refused: no waiting mends a password."""
+        started_s, pause_s = time.monotonic(), _RETRY_FIRST_S
+        while True:
+            try:
+                return work()
+            except RedisUnavailable as error:
+                refused = isinstance(error.__cause__, AuthenticationError)
+                if refused or time.monotonic() - started_s > self._limit_s:
+                    raise
+                metrics.REDIS_RETRIES.inc()
+                log.warning("%s; nothing is lost, trying again in %.1f s", error, pause_s)
+                if self._ended.wait(pause_s):
+                    raise
+                pause_s = min(2 * pause_s, _RETRY_MOST_S)
+
+    def end(self) -> None:
+        """Try nothing again from now on."""
+        self._ended.set()
+
+
+class _WithoutKafka(BootStrategy):  # type: ignore[misc]
+    """Agents and our intake, none of Faust's Kafka clients. Services stop in reverse order, so
+    the intake drains while the agent still runs."""
+
+    enable_kafka = False
+
+    def server(self) -> Iterable[Any]:
+        """The services of a worker, in starting order."""
+        return (*self.sensors(), *self.agents(), *self.app.penchant_services)
+
+
+class UpdaterApp(faust.App):  # type: ignore[misc]
+    """A Faust app that runs `penchant_services` in place of Faust's consumer."""
+
+    BootStrategy = _WithoutKafka
+    penchant_services: tuple[Any, ...] = ()
+
+    async def on_start(self) -> None:
+        """Let streams flow: Faust holds them back until its own consumer has partitions."""
+        await super().on_start()
+        self.flow_control.resume()
+
+
+class Worker:
+    """One updater process."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Load the release and connect. Raises UserError and the errors of model and profiles."""
+        self._settings = settings
+        topics, partitions = find_topics(settings)
+        model = settings.model
+        engine = Engine(
+            load_current(model.releases),
+            device=model.device,
+            dtype=model.dtype,
+            batch_tokens=model.batch_tokens,
+            threads=model.threads or max(1, (os.cpu_count() or 2) - 1),
+            item_rows=model.item_rows,
+        )
+        patience = Patience(settings.redis.patience_s)
+        updater = patience(lambda: build_updater(settings, engine, partitions))
+        self._pipeline = Pipeline(updater, patience, self._failed)
+        self.error: BaseException | None = None
+        settings.stream.data_dir.mkdir(parents=True, exist_ok=True)
+        self.app = UpdaterApp(
+            settings.topic("updater"),
+            broker=f"kafka://{settings.kafka.bootstrap}",
+            datadir=settings.stream.data_dir / "faust",
+            store="memory://",
+            web_enabled=False,
+            topic_disable_leader=True,
+            autodiscover=False,
+        )
+        channel = self.app.channel()
+        self.intake = Intake(settings, topics, channel.put, self._failed)
+        self.app.penchant_services = (self.intake,)
+
+        @self.app.agent(channel, name="updater")  # type: ignore[untyped-decorator]
+        async def update(batches: Any) -> None:
+            # An exception that leaves an agent makes Faust restart it without the batch it had.
+            # Ours never leaves: the process stops, and the batch is read again.
+            async for batch in batches:
+                try:
+                    await self._pipeline.feed(batch, self.intake)
+                except Exception as error:
+                    self._failed(error)
+                    await asyncio.Event().wait()
+
+    def run(self) -> None:
+        """Run until a signal; raises what made it stop otherwise."""
+        server = self._serve_metrics()
+        worker = _FaustWorker(
+            self.app, loglevel="INFO", logging_config=None, override_logging=False,
+            redirect_stdouts=False, quiet=True,
+        )  # fmt: skip
+        worker.spinner = None  # it writes control characters into logs
+        try:
+            worker.execute_from_commandline()
+        except SystemExit as stop:
+            if stop.code and self.error is None:
+                raise
+        finally:
+            if server is not None:
+                server.stop()
+        at_rest = self._pipeline.close(_REST_S)
+        if self.error is not None:
+            raise self.error
+        if not at_rest:
+            # A thread that hangs in a socket would keep the interpreter from ending.
+            log.warning("left while Redis owed an answer: what was in hand will be read again")
+            os._exit(0)
+
+    def live(self) -> tuple[bool, str]:
+        """Whether the worker makes progress, or has nothing to do."""
+        stuck_s = time.monotonic() - self.intake.last_progress_s
+        if not self.intake.idle() and stuck_s > _STUCK_S:
+            return False, f"no micro-batch finished for {stuck_s:.0f} s"
+        return True, "ok"
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether the worker holds partitions and has not failed."""
+        if self.error is not None:
+            return False, str(self.error)
+        if not self.intake.assigned():
+            return False, "no partitions assigned (yet, or more workers than partitions)"
+        return True, "ok"
+
+    def _serve_metrics(self) -> metrics.MetricsServer | None:
+        port = self._settings.stream.metrics_port
+        if not port:
+            return None
+        try:
+            return metrics.MetricsServer(port, self.live, self.ready)
+        except OSError as error:
+            raise UserError(
+                f"port {port} is taken ({error.strerror}): set STREAM_METRICS_PORT to another"
+            ) from error
+
+    def _failed(self, error: BaseException) -> None:
+        """Remember the first failure and stop the process, in order."""
+        if self.error is None:
+            self.error = error
+            self.intake.abort()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _FaustWorker(faust.Worker):  # type: ignore[misc]
+    """The first signal drains, a second one ends the process at once: what is saved but not
+    committed is read again and found applied."""
+
+    def _schedule_shutdown(self, signal: signal.Signals) -> None:
+        if self._signal_stop_time:
+            os._exit(128 + signal)
+        super()._schedule_shutdown(signal)
+
+    async def _sentinel_task(self) -> None:
+        """Mode sleeps here for a second, out of the few that an orchestrator gives."""
+
+
+def find_topics(settings: Settings) -> tuple[list[str], int]:
+    """The topics to read, and the number of partitions of the events topic. Raises UserError if
+    the brokers cannot be reached or a topic is missing."""
+    _, metadata = connect(settings.kafka)
+    topics = worker_topics(settings, metadata.topics)
+    missing = [name for name in topics if name not in metadata.topics]
+    if missing:
+        raise UserError(f"no topic {', '.join(missing)}: run `penchant topics create`")
+    forwarded = metadata.topics.get(settings.topic(forwarding.TOPIC))
+    if forwarded is not None and not settings.stream.repartition:
+        _refuse_undrained(settings, len(forwarded.partitions))
+    return topics, len(metadata.topics[settings.topic("events")].partitions)
+
+
+def _refuse_undrained(settings: Settings, partitions: int) -> None:
+    """Folding a user's events here while earlier ones wait in the forwarded topic would move the
+    watermark past those."""
+    waiting = forwarding.undrained(settings, partitions)
+    if waiting:
+        raise UserError(
+            f"{waiting} forwarded events are not folded yet: keep STREAM_REPARTITION=true until "
+            f"{settings.topic(forwarding.TOPIC)} has no lag, then turn it off"
+        )

@@ -1,0 +1,150 @@
+"""Readings as Markdown tables: medians over the repeats, and ratios within each repeat."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from stream.apache_kafka import apache_kafka_version
+
+if TYPE_CHECKING:
+    from .ceilings import Ceilings
+    from .pipeline import Reading
+
+_BEGIN: Final = "<!-- measured: begin -->"
+_END: Final = "<!-- measured: end -->"
+_PACKAGES: Final = (
+    "faust-streaming", "aiokafka", "confluent-kafka", "redis", "hiredis", "pydantic", "numpy",
+    "torch", "transformers",
+)  # fmt: skip
+
+
+def one_line(reading: Reading) -> str:
+    """A reading for the terminal."""
+    p50, p99 = np.percentile(reading.fresh_ms, [50, 99])
+    lost = "" if reading.counted == reading.events else f" COUNTED {reading.counted:,}"
+    return (
+        f"{reading.workload} {reading.pipeline}: {reading.events:,} events{lost}, "
+        f"{reading.rate:,.0f}/s; at {reading.half_rate:,.0f}/s fresh in {p50:.0f} ms, "
+        f"p99 {p99:.0f} ms; CPU {reading.cpu_s['worker']:.0f} s/million; {reading.peak_mb:,.0f} MB"
+    )
+
+
+def render(
+    readings: Sequence[Reading], tops: Sequence[Ceilings], repeats: int, command: str
+) -> str:
+    """All tables."""
+    parts = [_where(repeats, command)]
+    for workload in dict.fromkeys(r.workload for r in readings):
+        parts.append(_table(workload, [r for r in readings if r.workload == workload]))
+    if tops:
+        parts.append(_ceilings(tops))
+    return "\n\n".join(parts)
+
+
+def write(page: Path, text: str) -> None:
+    """Replace what was measured before; the words around it stay."""
+    before = page.read_text(encoding="utf-8")
+    head, rest = before.split(_BEGIN)
+    tail = rest.split(_END)[1]
+    page.write_text(f"{head}{_BEGIN}\n{text}\n{_END}{tail}", encoding="utf-8")
+
+
+def _table(workload: str, readings: Sequence[Reading]) -> str:
+    names = list(dict.fromkeys(r.pipeline for r in readings))
+    rows = [
+        f"### {workload}",
+        "",
+        "| | events/s (lowest to highest) | freshness p50, p99 at half of that | CPU s per million "
+        "events: worker, broker, Redis | peak memory | events |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        own = [r for r in readings if r.pipeline == name]
+        rates = [r.rate for r in own]
+        p50, p99 = (_median(own, lambda r, q=q: float(np.percentile(r.fresh_ms, q))) for q in (50, 99))
+        cpu = ", ".join(
+            f"{_median(own, lambda r, p=p: r.cpu_s[p]):,.0f}" for p in ("worker", "broker", "redis")
+        )
+        wrong = [r.counted for r in own if r.counted != r.events]
+        counted = f"{own[0].events:,}" + (f" (counted {wrong})" if wrong else "")
+        rows.append(
+            f"| {name} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) "
+            f"| {p50:,.0f} ms, {p99:,.0f} ms | {cpu} "
+            f"| {_median(own, lambda r: r.peak_mb):,.0f} MB | {counted} |"
+        )
+    ours = [r for r in readings if r.pipeline == "Penchant"]
+    for name in names:
+        theirs = [r for r in readings if r.pipeline == name]
+        if name == "Penchant" or len(ours) != len(theirs):
+            continue
+        ratios = sorted(a.rate / b.rate for a, b in zip(ours, theirs, strict=True))
+        rows += [
+            "",
+            f"Penchant takes **{statistics.median(ratios):.1f} times** the events of {name} "
+            f"({ratios[0]:.1f} to {ratios[-1]:.1f} over the repeats).",
+        ]
+    return "\n".join(rows)
+
+
+def _ceilings(tops: Sequence[Ceilings]) -> str:
+    rows = [
+        ("librdkafka, consume alone", [t.consumed for t in tops], "records/s"),
+        ("consume and parse (`stream.events.parse`)", [t.consumed_and_parsed for t in tops], "events/s"),
+        ("load profiles alone (`ProfileStore.load`)", [t.loads for t in tops], "profiles/s"),
+        ("fenced saves alone (`ProfileStore.save`)", [t.saves for t in tops], "profiles/s"),
+    ]
+    state = statistics.median(t.state_bytes for t in tops)
+    lines = [
+        "### Ceilings",
+        "",
+        f"Each part alone, in one process, on the records and profiles of `spread` (a profile's "
+        f"state has {state:,.0f} bytes).",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    lines += [f"| {what} | {statistics.median(values):,.0f} {unit} |" for what, values, unit in rows]
+    return "\n".join(lines)
+
+
+def _median(readings: Sequence[Reading], value: Callable[[Reading], float]) -> float:
+    return statistics.median(map(value, readings))
+
+
+def _where(repeats: int, command: str) -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    return (
+        f"Measured on {datetime.now(UTC):%Y-%m-%d} at commit {_commit()} with `{command}`; medians of "
+        f"{repeats} repeats.\n\n"
+        f"Machine: {_cpu_model()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB, Linux "
+        f"{platform.release()}. Broker, Redis, worker and the producer of the load share them.\n\n"
+        f"Python {platform.python_version()}, Apache Kafka {apache_kafka_version()}, {packages}."
+    )
+
+
+def _commit() -> str:
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or "(none yet)"
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -1,0 +1,265 @@
+"""The proof: whatever dies, stalls or restarts, each event is in its profile once.
+
+Real shoppers' events go through Apache Kafka, two to four worker processes and a Redis with its
+append-only file on, while workers, Redis and the broker are killed. Then every profile in Redis
+is compared, field by field, with what the oracle makes of the topic's records.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from hashlib import sha1
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from model.releases import Release
+from profiles.schema import SAVE_SCRIPT
+from stream import dead_letter
+from stream.local_stack import ApacheKafka, RedisServer
+from stream.settings import (
+    KafkaSettings,
+    ModelSettings,
+    ProfileSettings,
+    RedisSettings,
+    Settings,
+    StreamSettings,
+)
+from stream.topics import create_topics
+from tests import oracle
+from tests.between import Between
+from tests.integration.shop_traffic import (
+    Expectation,
+    Traffic,
+    differences,
+    films,
+    stored_profiles,
+)
+from tests.integration.worker_process import (
+    WorkerProcess,
+    build_tiny_release,
+    eventually,
+    wait_until_folded,
+    workers,
+)
+
+pytestmark = [pytest.mark.kafka, pytest.mark.redis, pytest.mark.timeout(600)]
+
+SEED = 20261122
+HEAVY, LIGHT = 14, 260  # shoppers: about 3,600 events
+SESSION_TIMEOUT_S = 6.0
+RULES = oracle.Rules(categories=1_000)  # no bound is reached, so that every category is compared
+
+Start = Callable[[Settings, str], WorkerProcess]
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    return build_tiny_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with workers(tmp_path) as starter:
+        yield starter
+
+
+def _settings(
+    namespace: str, kafka: ApacheKafka, redis_url: str, release: Release, protocol: str
+) -> Settings:
+    settings = Settings(
+        namespace=namespace,
+        kafka=KafkaSettings(
+            bootstrap=kafka.bootstrap,
+            partitions=6,
+            group_protocol=protocol,
+            session_timeout_s=SESSION_TIMEOUT_S,
+        ),
+        redis=RedisSettings(url=redis_url),
+        stream=StreamSettings(batch_records=64),
+        model=ModelSettings(releases=release.path.parent),
+        profile=ProfileSettings(categories=RULES.categories),
+    )
+    create_topics(settings)
+    return settings
+
+
+def _assert_all_profiles_right(settings: Settings, redis_url: str, release: Release) -> str:
+    """Compare every profile with the oracle; what was compared, in words."""
+    expectation = Expectation(settings, release)
+    expected = expectation.profiles(RULES)
+    with redis.Redis.from_url(redis_url) as client:
+        stored = stored_profiles(client, settings.namespace)
+    wrong = differences(stored, expected)
+    assert not wrong, f"{len(wrong)} of {len(expected)} profiles are wrong: {wrong}"
+    _assert_rejects_kept(settings, expectation)
+    counted = sum(profile.events for profile in stored.values())
+    return f"{len(expectation.records)} records, {counted} events in {len(stored)} profiles"
+
+
+def _assert_rejects_kept(settings: Settings, expectation: Expectation) -> None:
+    """Every bad record, and nothing else, is in the dead-letter topic; some perhaps twice."""
+    bad = {(r.partition, r.offset): r.value for r in expectation.records if r.bad}
+    letters = dead_letter.read(settings, limit=10_000)
+    assert {(x.partition, x.offset): x.value for x in letters} == bad
+
+
+class _Chaos:
+    """Does harm at seeded random moments while events flow, and counts it."""
+
+    def __init__(self, start: Start, settings: Settings) -> None:
+        self.chance = random.Random(SEED)
+        self.alive: list[WorkerProcess] = []
+        self.done: list[str] = []
+        self._start, self._settings = start, settings
+
+    def join(self, name: str) -> WorkerProcess:
+        self.alive.append(self._start(self._settings, name))
+        return self.alive[-1]
+
+    def amid_the_flow(self, worker: WorkerProcess) -> None:
+        """Return at a random moment within half a second after this worker applied events."""
+        before = worker.metric("penchant_events_applied")
+        eventually(
+            f"{worker.name} applies events\n{worker.log}",
+            lambda: worker.metric("penchant_events_applied") > before,
+        )
+        threading.Event().wait(self.chance.uniform(0, 0.5))
+
+    def kill_one(self) -> None:
+        """One of those that were there before the latest came."""
+        victim = self.chance.choice(self.alive[:-1])
+        self.amid_the_flow(victim)
+        victim.kill()
+        self.alive.remove(victim)
+        self.done.append(f"kill -9 {victim.name}")
+
+    def stall_one(self) -> None:
+        """Stop a worker for longer than its session, until the others have all partitions."""
+        victim = self.chance.choice(self.alive)
+        self.amid_the_flow(victim)
+        victim.send(signal.SIGSTOP)
+        others = [worker for worker in self.alive if worker is not victim]
+        eventually(
+            "the others took over",
+            lambda: sum(w.metric("penchant_partitions_assigned") for w in others) == 12,
+        )
+        victim.send(signal.SIGCONT)
+        eventually(f"{victim.name} knows that it lost", lambda: "lost " in victim.log)
+        victim.wait_ready()
+        self.done.append(f"stalled {victim.name}")
+
+    def kill_server(self, name: str, server: RedisServer | ApacheKafka) -> None:
+        self.amid_the_flow(self.chance.choice(self.alive))
+        server.kill()
+        server.restart()
+        self.amid_the_flow(self.chance.choice(self.alive))
+        self.done.append(f"kill -9 {name}")
+
+    def tell(self, metric: str) -> float:
+        return sum(worker.metric(metric) for worker in self.alive)
+
+
+@pytest.mark.parametrize("protocol", ["consumer", "classic"])
+def test_every_event_counts_once_while_workers_and_servers_die(
+    protocol: str,
+    namespace: str,
+    release: Release,
+    start: Start,
+    start_apache_kafka: Callable[..., ApacheKafka],
+    start_redis: Callable[..., RedisServer],
+) -> None:
+    kafka = start_apache_kafka()
+    # A Redis that may lose its last second after an answer would lose events, as everywhere.
+    store = start_redis(appendonly=True, appendfsync="always")
+    settings = _settings(namespace, kafka, store.url, release, protocol)
+    chaos = _Chaos(start, settings)
+    for name in ("ann", "bob"):
+        chaos.join(name)
+    for worker in chaos.alive:
+        worker.wait_ready()
+    traffic = Traffic(settings, films(SEED, HEAVY, LIGHT), per_s=80).start()
+
+    third = chaos.join("cem")
+    chaos.kill_one()
+    third.wait_ready()
+    chaos.stall_one()
+    if protocol == "consumer":  # the servers do not care which
+        chaos.kill_server("redis", store)
+        chaos.kill_server("broker", kafka)
+    chaos.join("dee")
+    chaos.kill_one()
+
+    flowing = traffic.sent
+    traffic.finish()
+    wait_until_folded(settings, timeout_s=180)
+    compared = _assert_all_profiles_right(settings, store.url, release)
+    print(
+        f"\n{protocol}: {'; '.join(chaos.done)} (during the first {flowing} records)\n{compared}; "
+        f"the workers alive at the end found {chaos.tell('penchant_events_replayed'):.0f} events "
+        f"applied before, and had {chaos.tell('penchant_profile_saves_refused'):.0f} saves refused"
+    )
+
+
+@pytest.mark.parametrize("protocol", ["consumer", "classic"])
+def test_the_save_of_a_stalled_worker_is_refused_once_its_successor_has_saved(
+    protocol: str,
+    namespace: str,
+    release: Release,
+    start: Start,
+    apache_kafka: ApacheKafka,
+    redis_url: str,
+) -> None:
+    settings = _settings(namespace, apache_kafka, redis_url, release, protocol)
+    save = _HeldSave()
+    wire = Between(_port(redis_url), on_request=save)
+    through = redis_url.replace(f":{_port(redis_url)}/", f":{wire.port}/")
+    stalled = start(settings.model_copy(update={"redis": RedisSettings(url=through)}), "stalled")
+    successor = start(settings, "successor")
+    for worker in (stalled, successor):
+        worker.wait_ready()
+    traffic = films(SEED, heavy=3, light=60)
+    Traffic(settings, traffic[:-200], per_s=10_000).start().finish()
+    wait_until_folded(settings)
+
+    save.wanted.set()
+    Traffic(settings, traffic[-200:], per_s=10_000).start().finish()
+    assert save.holding.wait(60), "no save was on its way"
+    stalled.send(signal.SIGSTOP)
+    wait_until_folded(settings)  # by the successor, which got the partitions and read again
+    save.let_go.set()
+    stalled.send(signal.SIGCONT)
+    eventually("a refused save", lambda: stalled.metric("penchant_profile_saves_refused") > 0)
+    eventually("events found applied", lambda: stalled.metric("penchant_events_replayed") > 0)
+    eventually("it knows that it lost", lambda: "lost " in stalled.log)
+    stalled.wait_ready()
+    wait_until_folded(settings)
+    compared = _assert_all_profiles_right(settings, redis_url, release)
+    refused = stalled.metric("penchant_profile_saves_refused")
+    wire.close()
+    print(f"\n{protocol}: {refused:.0f} stale saves refused; {compared}")
+
+
+class _HeldSave:
+    """On the wire to Redis: keeps saves back from when they are wanted until they are let go."""
+
+    def __init__(self) -> None:
+        self.wanted = threading.Event()
+        self.holding = threading.Event()
+        self.let_go = threading.Event()
+        self._name = sha1(SAVE_SCRIPT.encode()).hexdigest().encode()
+
+    def __call__(self, request: bytes) -> bytes:
+        if self.wanted.is_set() and self._name in request:
+            self.holding.set()
+            self.let_go.wait()
+        return request
+
+
+def _port(redis_url: str) -> int:
+    return urlsplit(redis_url).port or 0

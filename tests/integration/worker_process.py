@@ -1,0 +1,244 @@
+"""Workers as the processes that they are, and what a test needs to push them around: a release
+that encodes in no time, a wait for conditions, the group's position in its topics."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import BertConfig, BertModel
+
+from model.releases import Release, build_base, make_current
+from stream.processes import free_port
+from stream.settings import Settings
+
+REPOSITORY = Path(__file__).parents[2]
+PATIENCE_S = 90.0  # a worker starts in 6 s on two idle cores, and cores are seldom idle
+
+DIMENSIONS = 24
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+_VOCABULARY = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *_LETTERS,
+    *("##" + letter for letter in _LETTERS),
+    *"()>,.'-:&!",
+]
+
+
+def eventually(what: str, holds: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
+    """The first true answer; a failure that says what was waited for."""
+    deadline = time.monotonic() + timeout_s
+    while not (answer := holds()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {what}")
+        time.sleep(0.05)
+    return answer
+
+
+def build_tiny_release(folder: Path) -> Release:
+    """A live release of a random BERT of 48 numbers a token, in `folder`/releases."""
+    tower = folder / "tiny-bert"
+    config = BertConfig(
+        vocab_size=len(_VOCABULARY),
+        hidden_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=128,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        BertModel(config, add_pooling_layer=False).save_pretrained(tower)
+    (tower / "vocab.txt").write_text("\n".join(_VOCABULARY), encoding="utf-8")
+    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 128}
+    (tower / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    release = build_base(
+        folder / "releases", tower, [], DIMENSIONS, device="cpu", now=datetime.now(UTC)
+    )
+    make_current(release)
+    return release
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """These settings as a process reads them: those that are not the defaults."""
+    changed: dict[str, str] = {}
+    for group, values in settings.model_dump(exclude_defaults=True).items():
+        if not isinstance(values, Mapping):
+            changed[group.upper()] = str(values)
+            continue
+        for name, value in values.items():
+            text = json.dumps(value) if isinstance(value, bool | dict | list | tuple) else value
+            changed[f"{group}_{name}".upper()] = str(text)
+    return changed
+
+
+class WorkerProcess:
+    """`penchant updater` in a process of its own."""
+
+    def __init__(self, settings: Settings, folder: Path, name: str) -> None:
+        """`folder` gets its log; it keeps nothing else."""
+        self.name = name
+        self.log_file = folder / f"{name}.log"
+        self._port = free_port()
+        self._environment = environment(settings) | {
+            "STREAM_METRICS_PORT": str(self._port),
+            "STREAM_DATA_DIR": str(folder / f"{name}-data"),
+            "MODEL_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "PATH": os.environ["PATH"],
+            "HOME": os.environ["HOME"],
+            "LANG": "C.UTF-8",
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> WorkerProcess:
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "stream.cli", "updater"],
+                cwd=REPOSITORY,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def ready(self) -> bool:
+        """Whether it holds partitions. Fails the test if it ended."""
+        assert self.running, f"{self.name} ended with {self.process.returncode}:\n{self.log}"
+        try:
+            url = f"http://127.0.0.1:{self._port}/healthz/ready"
+            return bool(urllib.request.urlopen(url, timeout=5).status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def wait_ready(self) -> WorkerProcess:
+        eventually(f"{self.name} holds partitions:\n{self.log}", self.ready)
+        return self
+
+    def metric(self, name: str) -> float:
+        """A metric's value, all labels together; 0 if it does not answer."""
+        try:
+            url = f"http://127.0.0.1:{self._port}/metrics"
+            text = urllib.request.urlopen(url, timeout=5).read().decode()
+        except (urllib.error.URLError, OSError):
+            return 0.0
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name in (name, name + "_total")
+        )
+
+    def send(self, signal_number: signal.Signals) -> None:
+        self.process.send_signal(signal_number)
+
+    def kill(self) -> None:
+        """No goodbye."""
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
+        """Its exit status, once it ends by itself."""
+        return self.process.wait(timeout_s)
+
+
+@contextmanager
+def workers(folder: Path) -> Iterator[Callable[..., WorkerProcess]]:
+    """`start(settings, name)`: workers that end with the block, however it ends."""
+    started: list[WorkerProcess] = []
+
+    def start(settings: Settings, name: str) -> WorkerProcess:
+        started.append(WorkerProcess(settings, folder, name).start())
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for worker in started:
+            with suppress(ProcessLookupError):
+                worker.process.kill()
+            worker.process.wait()
+
+
+def ends(settings: Settings, topics: list[str]) -> dict[tuple[str, int], int]:
+    """The next offset of each partition that holds records."""
+    with _position_reader(settings) as reader:
+        found = {}
+        for topic in topics:
+            for partition in reader.list_topics(topic, timeout=10).topics[topic].partitions:
+                _, high = reader.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)
+                found[(topic, partition)] = high
+    return {place: high for place, high in found.items() if high > 0}
+
+
+def committed(settings: Settings, places: list[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """What the group has committed; -1001 for nothing."""
+    with _position_reader(settings) as reader:
+        answer = reader.committed([TopicPartition(*place) for place in places], timeout=20)
+    return {(p.topic, p.partition): p.offset for p in answer}
+
+
+def wait_until_folded(settings: Settings, timeout_s: float = PATIENCE_S) -> None:
+    """Return once the group has committed everything that the topics hold."""
+    topics = [settings.topic("events"), settings.topic("items")]
+    if settings.stream.repartition:
+        topics.append(settings.topic("events-by-user"))
+    behind: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def is_folded() -> bool:
+        nonlocal behind
+        try:
+            end = ends(settings, topics)
+            done = committed(settings, list(end))
+        except KafkaException:  # a broker that is just coming back
+            return False
+        behind = {p: (done[p], high) for p, high in end.items() if done[p] != high}
+        return not behind
+
+    try:
+        eventually("everything folded", is_folded, timeout_s)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; (committed, end) where they differ: {behind}") from None
+
+
+@contextmanager
+def _position_reader(settings: Settings) -> Iterator[Any]:
+    config = {"group.id": settings.topic("updater"), "log_level": 0}
+    reader = Consumer(settings.kafka.client_config() | config)
+    try:
+        yield reader
+    finally:
+        reader.close()

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from stream.offsets import OffsetTracker
+
+HERE, THERE = ("events", 0), ("events", 1)
+
+
+def test_slices_may_finish_in_any_order_but_only_the_contiguous_ones_count() -> None:
+    tracker = OffsetTracker()
+    for end in (10, 20, 30):
+        tracker.handed_out(HERE, end)
+        tracker.begun(HERE, end)
+    tracker.finished(HERE, 30)
+    tracker.finished(HERE, 20)
+    assert tracker.committable() == {}
+    tracker.finished(HERE, 10)
+    assert tracker.committable() == {HERE: 30}
+
+
+def test_an_offset_is_offered_once_unless_the_broker_did_not_take_it() -> None:
+    tracker = OffsetTracker()
+    tracker.handed_out(HERE, 10)
+    tracker.finished(HERE, 10)
+    tracker.committed(tracker.committable())
+    assert tracker.committable() == {}
+    tracker.not_committed({HERE: 10})
+    assert tracker.committable() == {HERE: 10}
+
+
+def test_a_late_refusal_of_an_older_commit_does_not_matter() -> None:
+    tracker = OffsetTracker()
+    for end in (10, 20):
+        tracker.handed_out(HERE, end)
+        tracker.finished(HERE, end)
+        tracker.committed(tracker.committable())
+    tracker.not_committed({HERE: 10})
+    assert tracker.committable() == {}
+
+
+def test_nothing_behind_a_slice_that_was_never_begun_is_committable() -> None:
+    tracker = OffsetTracker()
+    tracker.handed_out(HERE, 10)
+    tracker.handed_out(HERE, 20)
+    tracker.begun(HERE, 20)
+    tracker.finished(HERE, 20)
+    assert tracker.committable() == {}
+
+
+def test_only_what_is_begun_and_not_finished_is_in_hand() -> None:
+    tracker = OffsetTracker()
+    for place in (HERE, THERE):
+        tracker.handed_out(place, 10)
+        tracker.handed_out(place, 20)
+        tracker.begun(place, 10)
+    assert (tracker.in_hand(), tracker.in_hand({HERE})) == (2, 1)
+    tracker.finished(HERE, 10)
+    assert (tracker.in_hand(), tracker.in_hand({HERE})) == (1, 0)
+
+
+def test_what_was_forgotten_is_neither_committable_nor_in_hand_when_it_ends() -> None:
+    tracker = OffsetTracker()
+    tracker.handed_out(HERE, 10)
+    tracker.begun(HERE, 10)
+    tracker.forget({HERE})
+    tracker.finished(HERE, 10)
+    assert tracker.committable() == {}
+    assert tracker.in_hand() == 0
+
+
+@dataclass
+class _Partition:
+    """What really happened to the slices of one assignment."""
+
+    ends: list[int] = field(default_factory=list)
+    begun: set[int] = field(default_factory=set)
+    saved: set[int] = field(default_factory=set)
+    on_record: int = 0  # highest offset that was sent to the broker
+
+    @property
+    def first_unsaved(self) -> int:
+        start = 0
+        for end in self.ends:
+            if end not in self.saved:
+                return start
+            start = end
+        return start
+
+
+class AnyInterleaving(RuleBasedStateMachine):
+    """Whatever happens in whatever order, no commit passes a record that is not saved, and in the
+    end everything saved without a gap is committed."""
+
+    places = st.sampled_from([HERE, THERE])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tracker = OffsetTracker()
+        self.truth = {HERE: _Partition(), THERE: _Partition()}
+
+    @rule(place=places, size=st.integers(1, 3))
+    def hand_out(self, place: tuple[str, int], size: int) -> None:
+        truth = self.truth[place]
+        truth.ends.append((truth.ends[-1] if truth.ends else 0) + size)
+        self.tracker.handed_out(place, truth.ends[-1])
+
+    @rule(place=places, pick=st.integers(0, 5))
+    def begin(self, place: tuple[str, int], pick: int) -> None:
+        truth = self.truth[place]
+        if waiting := [end for end in truth.ends if end not in truth.begun]:
+            end = waiting[pick % len(waiting)]
+            truth.begun.add(end)
+            self.tracker.begun(place, end)
+
+    @rule(place=places, pick=st.integers(0, 5))
+    def save(self, place: tuple[str, int], pick: int) -> None:
+        truth = self.truth[place]
+        if unsaved := sorted(truth.begun - truth.saved):
+            end = unsaved[pick % len(unsaved)]
+            truth.saved.add(end)
+            self.tracker.finished(place, end)
+
+    @rule(taken=st.booleans())
+    def commit(self, taken: bool) -> None:
+        offsets = self.tracker.committable()
+        self.tracker.committed(offsets)
+        for place, offset in offsets.items():
+            assert offset <= self.truth[place].first_unsaved
+            if taken:
+                self.truth[place].on_record = offset
+        if not taken:
+            self.tracker.not_committed(offsets)
+
+    @rule(place=places)
+    def lose_the_partition(self, place: tuple[str, int]) -> None:
+        self.tracker.forget({place})
+        self.truth[place] = _Partition()
+
+    @rule(place=places, offset=st.integers(1, 9))
+    def a_slice_of_a_lost_assignment_ends(self, place: tuple[str, int], offset: int) -> None:
+        if offset not in self.truth[place].ends:
+            self.tracker.begun(place, offset)
+            self.tracker.finished(place, offset)
+
+    @invariant()
+    def in_hand_is_what_is_begun_and_unsaved(self) -> None:
+        for place, truth in self.truth.items():
+            assert self.tracker.in_hand({place}) == len(truth.begun - truth.saved)
+
+    def teardown(self) -> None:
+        self.commit(taken=True)
+        for truth in self.truth.values():
+            assert truth.on_record == truth.first_unsaved
+
+
+TestAnyInterleaving = AnyInterleaving.TestCase
