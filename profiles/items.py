@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 BUCKETS: Final = 256
 _CHANGES_KEPT: Final = 100_000
 _WAITERS_PER_READ: Final = 1_000
+# Redis does nothing else while a script runs, and a vector takes up to a millisecond to index.
+_VECTORS_PER_CALL: Final = 16
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class ItemStore:
         self._keys = keys
         self._where = address(where) if where else "REDIS_URL"
         self._put = client.register_script(schema.PUT_ITEM_SCRIPT)
+        self._put_vectors = client.register_script(schema.PUT_VECTORS_SCRIPT)
+        self._awaited = client.register_script(schema.AWAITED_SCRIPT)
         self._has_vector_sets: bool | None = None
 
     # records
@@ -63,7 +67,8 @@ class ItemStore:
             source, offset = (
                 (f"{origin.source:016x}", f"{origin.offset:020d}") if origin else ("", "")
             )
-            args += [source, offset, json.dumps(asdict(record)), version, f"{item:016x}"]
+            deleted = "1" if record.deleted else ""
+            args += [source, offset, json.dumps(asdict(record)), version, deleted, f"{item:016x}"]
         with redis_errors(self._where):
             self._put(keys=[*keys, self._keys.item_changes()], args=[*args, _CHANGES_KEPT])
 
@@ -85,17 +90,23 @@ class ItemStore:
     def put_vectors(
         self, space: str, item_ids: Sequence[str], versions: Sequence[str], vectors: Floats
     ) -> None:
-        """Keep (n, D) unit vectors of n items in one space, and index them where Redis can."""
+        """Keep (n, D) unit vectors of n items in one space, and index them where Redis can. An
+        item that is deleted by now, or has another text than the version says, is left out."""
+        index = self._keys.index(space)
         with redis_errors(self._where):
-            indexed = self.has_vector_sets()
-            pipe = self._client.pipeline(transaction=False)
-            for item_id, version, vector in zip(item_ids, versions, vectors, strict=True):
-                raw = np.ascontiguousarray(vector, dtype="<f4").tobytes()
-                bucket = self._keys.vectors(space, schema.key64(item_id))
-                pipe.hset(bucket, item_id, bytes.fromhex(version) + raw)
-                if indexed:
-                    _raw(pipe, "VADD", self._keys.index(space), "FP32", raw, item_id, "NOQUANT")
-            pipe.execute()
+            indexed = "1" if self.has_vector_sets() else ""
+            for start in range(0, len(item_ids), _VECTORS_PER_CALL):
+                part = slice(start, start + _VECTORS_PER_CALL)
+                keys: list[str] = []
+                args: list[str | bytes] = []
+                for item_id, version, vector in zip(
+                    item_ids[part], versions[part], vectors[part], strict=True
+                ):
+                    item = schema.key64(item_id)
+                    raw = np.ascontiguousarray(vector, dtype="<f4").tobytes()
+                    keys += [self._keys.item(item), self._keys.vectors(space, item)]
+                    args += [item_id, version, bytes.fromhex(version) + raw]
+                self._put_vectors(keys=[*keys, index], args=[*args, indexed])
 
     def vectors(self, space: str, versions: Mapping[str, str]) -> dict[str, Floats]:
         """item id -> (D,) vector, for items whose stored vector is of the given text version."""
@@ -164,6 +175,14 @@ class ItemStore:
                     pipe.expire(self._keys.waiting(item), schema.WAITING_TTL_S)
             pipe.execute()
 
+    def awaited(self, items: Sequence[int]) -> set[int]:
+        """Those of the items that users wait for."""
+        if not items:
+            return set()
+        with redis_errors(self._where):
+            positions = self._awaited(keys=[self._keys.waiting(item) for item in items])
+        return {items[position - 1] for position in positions}
+
     def resolve_waiting(self, item: int, resolve: Callable[[list[str]], None]) -> None:
         """Call `resolve` with the users that wait for an item, some at a time; those it returned
         from are no longer waiting. If it raises, the rest keep waiting."""
@@ -185,16 +204,17 @@ class ItemStore:
             newest = cast(list[Any], self._client.xrevrange(self._keys.item_changes(), count=1))
         return newest[0][0].decode() if newest else "0-0"
 
-    def changes_since(self, position: str) -> tuple[str, list[int]]:
-        """(new position, item keys announced since)."""
+    def changes_since(self, position: str) -> tuple[str, dict[int, str]]:
+        """(new position, item key -> latest text version of the items announced since)."""
         with redis_errors(self._where):
             reply = cast(
                 list[Any], self._client.xread({self._keys.item_changes(): position}, count=10_000)
             )
         if not reply:
-            return position, []
+            return position, {}
         entries = reply[0][1]
-        return entries[-1][0].decode(), [int(fields[b"item"], 16) for _, fields in entries]
+        changed = {int(f[b"item"], 16): f.get(b"version", b"").decode() for _, f in entries}
+        return entries[-1][0].decode(), changed
 
 
 def _raw(client: Any, *command: Any) -> Any:

@@ -165,8 +165,9 @@ class Keys:
         return f"{self.namespace}:profile:{{{user_id}}}"
 
     def item(self, item: int) -> str:
-        """Hash of one item: record (JSON), text_version (16 hex digits), and where the record
-        came from: source (16 hex digits; empty: from an event) and offset (20 digits)."""
+        """Hash of one item: record (JSON), text_version (16 hex digits), deleted (1, or empty),
+        and where the record came from: source (16 hex digits; empty: from an event) and offset
+        (20 digits)."""
         return f"{self.namespace}:item:{item:016x}"
 
     def waiting(self, item: int) -> str:
@@ -192,7 +193,8 @@ class Keys:
         return f"{self.namespace}:categories"
 
     def item_changes(self) -> str:
-        """Stream of item keys whose text changed, trimmed; workers drop their cached vectors."""
+        """Stream of items whose text changed, trimmed: item (its key) and version (of the text);
+        workers drop vectors they hold of another version."""
         return f"{self.namespace}:item-changes"
 
     def current_space(self) -> str:
@@ -229,25 +231,54 @@ end
 return refused
 """
 
-# KEYS: item keys, then the stream of changes. ARGV, five per item: origin source ('' = inline,
-# from an event), offset (20 digits), record, text version, item key in hex; then how many changes
-# to keep. An inline record only stands in where there is none, and an upsert never replaces one
-# of a later offset. A changed text is announced in the same breath: a worker that died between
-# the two would leave every other with the old vector.
+# KEYS: item keys, then the stream of changes. ARGV, six per item: origin source ('' = inline,
+# from an event), offset (20 digits), record, text version, '1' if deleted (else ''), item key in
+# hex; then how many changes to keep. An inline record only stands in where there is none, not
+# even a deletion, and an upsert never replaces one of a later offset. A changed text is announced
+# in the same breath: a worker that died between the two would leave every other with the old
+# vector.
 PUT_ITEM_SCRIPT: Final = """
 local changes = KEYS[#KEYS]
 for i = 1, #KEYS - 1 do
-  local at = 5 * i - 4
+  local at = 6 * i - 5
   local got = redis.call('HMGET', KEYS[i], 'source', 'offset', 'text_version')
   local source, offset = ARGV[at], ARGV[at + 1]
   local stale
   if source == '' then stale = got[1] else stale = got[1] == source and got[2] >= offset end
   if not stale then
-    redis.call('HSET', KEYS[i], 'source', source, 'offset', offset,
-               'record', ARGV[at + 2], 'text_version', ARGV[at + 3])
+    redis.call('HSET', KEYS[i], 'source', source, 'offset', offset, 'record', ARGV[at + 2],
+               'text_version', ARGV[at + 3], 'deleted', ARGV[at + 4])
     if got[3] ~= ARGV[at + 3] then
-      redis.call('XADD', changes, 'MAXLEN', '~', ARGV[#ARGV], '*', 'item', ARGV[at + 4])
+      redis.call('XADD', changes, 'MAXLEN', '~', ARGV[#ARGV], '*',
+                 'item', ARGV[at + 5], 'version', ARGV[at + 3])
     end
   end
 end
+"""
+
+# KEYS: per item its key and its bucket of vectors, then the vector set. ARGV, three per item:
+# id, version of the text that was encoded, vector with the version before it; then '1' where
+# Redis has vector sets. A vector is kept only while its text stands: encoding takes time, and a
+# slow worker must neither overwrite the vector of a newer text nor bring a deleted item back.
+PUT_VECTORS_SCRIPT: Final = """
+local indexed = ARGV[#ARGV] == '1'
+for i = 1, (#KEYS - 1) / 2 do
+  local id, version, vector = ARGV[3 * i - 2], ARGV[3 * i - 1], ARGV[3 * i]
+  local got = redis.call('HMGET', KEYS[2 * i - 1], 'text_version', 'deleted')
+  if got[1] == version and got[2] ~= '1' then
+    redis.call('HSET', KEYS[2 * i], id, vector)
+    if indexed then
+      redis.call('VADD', KEYS[#KEYS], 'FP32', string.sub(vector, 9), id, 'NOQUANT')
+    end
+  end
+end
+"""
+
+# KEYS: waiting sets. No ARGV. Reply: positions (from 1) of those that are not empty.
+AWAITED_SCRIPT: Final = """
+local awaited = {}
+for i = 1, #KEYS do
+  if redis.call('SRANDMEMBER', KEYS[i]) then awaited[#awaited + 1] = i end
+end
+return awaited
 """

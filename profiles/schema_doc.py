@@ -206,7 +206,13 @@ def _access() -> list[str]:
 def _scripts() -> list[str]:
     source = inspect.getsource(schema)
     blocks = []
-    for name in ("LOAD_SCRIPT", "SAVE_SCRIPT", "PUT_ITEM_SCRIPT"):
+    for name in (
+        "LOAD_SCRIPT",
+        "SAVE_SCRIPT",
+        "PUT_ITEM_SCRIPT",
+        "PUT_VECTORS_SCRIPT",
+        "AWAITED_SCRIPT",
+    ):
         comment = re.search(rf"((?:^# .*\n)+){name}: Final", source, re.MULTILINE)
         words = " ".join(line[2:] for line in comment[1].splitlines()) if comment else ""
         blocks += [f"{name}: {words}", "", "```lua", getattr(schema, name).strip(), "```", ""]

@@ -11,7 +11,8 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from itertools import islice
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,11 @@ Floats = NDArray[np.float32]
 
 # Item ids whose key is remembered. A SHA-256 costs 0.7 us, a dict look-up 0.05.
 _KEYS_KEPT: Final = 2_000_000
+# A shop has thousands of categories at most; a producer that makes them up must not fill memory.
+_CATEGORIES_KEPT: Final = 100_000
+# Items stored and encoded at a time. A batch that fails resumes after its last full chunk, and
+# the other thread waits for the lock no longer than one takes.
+_CHUNK: Final = 256
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,14 @@ class Resolved:
     vectors: Floats  # (n, D) unit rows; zeros where not found
     found: NDArray[np.bool_]  # (n,)
     categories: NDArray[np.uint64]  # (n,) category key, 0 = none
-    told: list[int]  # items whose text was not known before, and came inline
+    told: list[int]  # items that got a text here, or may have before a failure: users wait for them
+
+
+class _Held(NamedTuple):
+    """What is known of an item beside its vector."""
+
+    category: int  # category key, 0 = none
+    version: str  # of the text that the vector in the table was made from
 
 
 class Catalogue:
@@ -49,15 +62,13 @@ class Catalogue:
         self._engine = engine
         self._store = store
         self._keys: dict[str, int] = {}
-        self._category_of: dict[int, int] = {}  # item key -> category key
+        # By item key. More than the table has rows, so that an item is seldom forgotten here
+        # while its vector is there; one that is counts as not found, and is fetched again.
+        self._held: dict[int, _Held] = {}
+        self._held_limit = 2 * engine.table.capacity
         self._category_names: dict[int, str] = {}
         self._changes = store.changes_end()
         self._lock = threading.RLock()
-
-    @property
-    def category_names(self) -> Mapping[int, str]:
-        """The names of all categories met so far."""
-        return self._category_names
 
     def keys_of(self, item_ids: Sequence[str]) -> list[int]:
         """Item ids -> item keys."""
@@ -74,51 +85,79 @@ class Catalogue:
 
     def resolve(self, keys: Sequence[int], inline: Mapping[int, ItemRecord]) -> Resolved:
         """Vectors and categories of n items. `inline`: what events said of their items, used
-        for those that the catalogue does not know. Raises RedisUnavailable."""
+        for those that the catalogue does not know, among `keys` or not. Raises RedisUnavailable."""
+        # Before the vectors: an item forgotten in between is not found, rather than half known.
+        held = [self._held.get(key) for key in keys]
         vectors, found = self._engine.table.lookup(keys)
-        told: list[int] = []
+        found &= np.fromiter((h is not None for h in held), np.bool_, len(keys))
+        categories = np.fromiter((h.category if h else 0 for h in held), np.uint64, len(keys))
         missing = np.flatnonzero(~found).tolist()
-        if missing:
-            with self._lock:
-                fetched, told = self._fetch(list({keys[i]: None for i in missing}), inline)
-            for i in missing:
-                if (vector := fetched.get(keys[i])) is not None:
-                    vectors[i], found[i] = vector, True
+        vectors[missing] = 0.0
+        new = dict.fromkeys(keys[i] for i in missing)
+        new |= dict.fromkeys(key for key in inline if key not in self._held)
+        fetched = self._fetch(list(new), inline) if new else {}
+        for i in missing:
+            if (got := fetched.get(keys[i])) is not None:
+                (vectors[i], categories[i]), found[i] = got, True
         metrics.ITEM_HITS.set(self._engine.table.hits)
         metrics.ITEM_MISSES.set(self._engine.table.misses)
-        categories = np.fromiter((self._category_of.get(k, 0) for k in keys), np.uint64, len(keys))
-        return Resolved(vectors, found, categories, told)
+        # Not only those fetched now: a batch that failed after its texts were stored finds them
+        # known the second time, and those who wait for them have not been served.
+        with_text = list(fetched.keys() | {key for key in inline if key in self._held})
+        told = self._store.awaited(with_text)
+        return Resolved(vectors, found, categories, sorted(told))
 
     def upsert(self, records: Sequence[ItemRecord], origin: Origin) -> list[int]:
         """Items of one slice of the items topic: store, encode what changed, index; the keys of
         those that have a text now. A record marked deleted takes its item out of the index; the
-        text stays, for events that are late and windows that name it. Raises RedisUnavailable."""
-        with self._lock:
-            records = self._with_last_text(records)
-            versions = [text_version(_text(record)) for record in records]
-            self._store.put(records, versions, [origin] * len(records))
-            # Read back, because what is stored may be of a later offset: a replay, or a worker
-            # that was stalled, must not bring an old text back.
-            stored = self._store.records([key64(record.item_id) for record in records])
-            gone = [record.item_id for record, _ in stored.values() if record.deleted]
-            if gone:
-                self._store.drop_vectors(self._engine.space, gone)
-            there = {key: kept for key, kept in stored.items() if not kept[0].deleted}
-            self._learn(there)
-        metrics.ITEMS_STORED.inc(len(records))
-        return list(there)
+        text stays, for events that are late and windows that name it. A deletion also keeps out
+        what later events say of the item; a later upsert brings it back. Raises
+        RedisUnavailable; what was stored by then is not encoded again."""
+        arrived: list[int] = []
+        for start in range(0, len(records), _CHUNK):
+            with self._lock:
+                arrived += self._upsert(records[start : start + _CHUNK], origin)
+        return arrived
 
     def refresh(self) -> None:
         """Drop cached vectors of items whose text changed on another worker."""
         with self._lock:
             self._changes, changed = self._store.changes_since(self._changes)
-            self._engine.table.discard(changed)
+            # This worker's own changes come back here, and their vectors are the newest.
+            stale = [
+                key
+                for key, version in changed.items()
+                if (held := self._held.get(key)) is None or held.version != version
+            ]
+            self._engine.table.discard(stale)
+            for key in stale:
+                self._held.pop(key, None)
 
-    def name_unknown(self, categories: Sequence[int]) -> None:
-        """Learn the names of categories that profiles hold and this worker has not met."""
-        unknown = [c for c in categories if c not in self._category_names]
-        if unknown:
-            self._category_names |= self._store.category_names(unknown)
+    def names_of(self, categories: Sequence[int]) -> dict[int, str]:
+        """category key -> name, of those that profiles hold and any worker has met. Raises
+        RedisUnavailable."""
+        known = self._category_names
+        names = {c: known[c] for c in categories if c in known}
+        if len(names) < len(categories):
+            fetched = self._store.category_names([c for c in categories if c not in names])
+            self._remember_names(fetched)
+            names |= fetched
+        return names
+
+    def _upsert(self, records: Sequence[ItemRecord], origin: Origin) -> list[int]:
+        records = self._with_last_text(records)
+        versions = [text_version(_text(record)) for record in records]
+        self._store.put(records, versions, [origin] * len(records))
+        # Read back, because what is stored may be of a later offset: a replay, or a worker
+        # that was stalled, must not bring an old text back.
+        stored = self._store.records([key64(record.item_id) for record in records])
+        gone = [record.item_id for record, _ in stored.values() if record.deleted]
+        if gone:
+            self._store.drop_vectors(self._engine.space, gone)
+        there = {key: kept for key, kept in stored.items() if not kept[0].deleted}
+        self._learn(there)
+        metrics.ITEMS_STORED.inc(len(records))
+        return list(there)
 
     def _with_last_text(self, records: Sequence[ItemRecord]) -> list[ItemRecord]:
         """Deletions name an item and nothing else: they get what was last known of it."""
@@ -133,15 +172,22 @@ class Catalogue:
 
     def _fetch(
         self, missing: list[int], inline: Mapping[int, ItemRecord]
-    ) -> tuple[dict[int, Floats], list[int]]:
-        """Bring missing items into the table: their vectors, and those that `inline` told."""
-        records = self._store.records(missing)
-        new = {k: inline[k] for k in missing if k not in records and k in inline}
-        if new:
-            versions = [text_version(_text(record)) for record in new.values()]
-            self._store.put(list(new.values()), versions, [None] * len(new))
-            records |= self._store.records(list(new))  # another worker's may have been there first
-        return self._learn(records), list(new)
+    ) -> dict[int, tuple[Floats, int]]:
+        """Bring missing items into the table; vector and category key of those that have a text."""
+        fetched: dict[int, tuple[Floats, int]] = {}
+        for start in range(0, len(missing), _CHUNK):
+            chunk = missing[start : start + _CHUNK]
+            with self._lock:
+                records = self._store.records(chunk)
+                new = {k: inline[k] for k in chunk if k not in records and k in inline}
+                if new:
+                    versions = [text_version(_text(record)) for record in new.values()]
+                    self._store.put(list(new.values()), versions, [None] * len(new))
+                    # Another worker's may have been there first.
+                    records |= self._store.records(list(new))
+                vectors = self._learn(records)
+            fetched |= {k: (v, _category(records[k][0])) for k, v in vectors.items()}
+        return fetched
 
     def _learn(self, records: Mapping[int, tuple[ItemRecord, str]]) -> dict[int, Floats]:
         """Put items into the table, with vectors from Redis or, where it has none of this text
@@ -163,21 +209,37 @@ class Catalogue:
                 [records[k][1] for k in kept],
                 np.stack([vectors[k] for k in kept]),
             )
-        self._name_categories(records)
+        self._name_categories([record for record, _ in records.values()])
         if vectors:
+            # The vector last: an item is known when it has both.
+            self._hold({k: _Held(_category(records[k][0]), records[k][1]) for k in vectors})
             self._engine.table.put(list(vectors), np.stack(list(vectors.values())))
         return vectors
 
-    def _name_categories(self, records: Mapping[int, tuple[ItemRecord, str]]) -> None:
-        names = {}
-        for key, (record, _) in records.items():
-            name = record.category_name
-            category = key64(name) if name else 0
-            self._category_of[key] = category
-            if name and category not in self._category_names:
-                names[category] = name
+    def _hold(self, items: Mapping[int, _Held]) -> None:
+        # An eighth at a time: a dictionary is slow to give up its oldest entry alone.
+        while self._held and len(self._held) + len(items) > self._held_limit:
+            for key in list(islice(self._held, max(1, self._held_limit // 8))):
+                del self._held[key]
+        self._held.update(items)
+
+    def _name_categories(self, records: Sequence[ItemRecord]) -> None:
+        names = {_category(record): name for record in records if (name := record.category_name)}
+        known = self._category_names
+        names = {category: name for category, name in names.items() if category not in known}
         self._store.name_categories(names)
-        self._category_names |= names
+        self._remember_names(names)
+
+    def _remember_names(self, names: Mapping[int, str]) -> None:
+        # Made anew, because the other thread may be reading it.
+        kept = self._category_names if len(self._category_names) < _CATEGORIES_KEPT else {}
+        if names:
+            self._category_names = kept | dict(names)
+
+
+def _category(record: ItemRecord) -> int:
+    """The key of an item's category; 0 = none."""
+    return key64(record.category_name) if record.category_name else 0
 
 
 def _text(record: ItemRecord) -> str:

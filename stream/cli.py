@@ -9,24 +9,27 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from .errors import UserError
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from profiles import Profile, ProfileReader
+    from profiles import Connection, Profile, ProfileReader
 
     from .local_stack import Stack
 
@@ -70,7 +73,7 @@ def main() -> None:
         format="%(asctime)s %(levelname)s %(message)s",
     )
     try:
-        app()
+        app(prog_name="penchant")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -90,12 +93,52 @@ def _explain(error: Exception) -> int:
             for e in error.errors()
         )
         message = f"bad settings: {message}"
+    elif known:
+        message = str(error)
     else:
-        message = str(error) if known else f"{type(error).__name__}: {error}"
+        message = _words_for(error)
+        known = bool(message)
+        message = message or f"{type(error).__name__}: {error}"
     _errors.print(f"[red]penchant:[/red] {_plain(message)}", highlight=False, soft_wrap=True)
     if not known:
         _errors.print("This is not an error we foresaw; run again with --debug for a traceback.")
     return 1
+
+
+def _words_for(error: Exception) -> str:
+    """What to do about a failure of a setting that comes without words of ours, or ""."""
+    if isinstance(error, SettingsError):
+        return f"bad settings: {'; '.join(_not_json()) or error}"
+    if isinstance(error, OSError) and isinstance(error.filename, str):
+        path = Path(error.filename).absolute()
+        data_dir = Path(os.environ.get("STREAM_DATA_DIR", ".penchant")).absolute()
+        if path.is_relative_to(data_dir) or data_dir.is_relative_to(path):
+            return (
+                f"cannot use {error.filename}: {error.strerror}; make {data_dir} a folder that can "
+                "be written to, or name another in STREAM_DATA_DIR"
+            )
+    return ""
+
+
+def _not_json() -> list[str]:
+    """The variables that hold a list or a mapping, and are not JSON, in words."""
+    problems = []
+    for group, field in Settings.model_fields.items():
+        if not isinstance(field.default, BaseModel):
+            continue
+        examples = {group.upper(): "{}"} | {
+            f"{group}_{name}".upper(): "[1800, 86400]"
+            if isinstance(value, tuple)
+            else '{"view": 1}'
+            for name, value in field.default
+            if isinstance(value, tuple | dict)
+        }
+        for variable, example in examples.items():
+            try:
+                json.loads(os.environ.get(variable, "null"))
+            except ValueError:
+                problems.append(f"{variable} is not JSON: write it as {example}")
+    return problems
 
 
 def _plain(text: str) -> str:
@@ -110,10 +153,11 @@ def load_settings() -> Settings:
     from .local_stack import status as recorded
 
     stack = recorded(Settings())
+    is_ours = "KAFKA_BOOTSTRAP" not in os.environ
     for variable, record in (("KAFKA_BOOTSTRAP", stack.kafka), ("REDIS_URL", stack.redis)):
         if record is not None and (record.running or record.kind == "external"):
             os.environ.setdefault(variable, record.address)
-    if stack.kafka is not None and stack.kafka.kind == "tansu":
+    if is_ours and stack.kafka is not None and stack.kafka.kind == "tansu":
         os.environ.setdefault("KAFKA_SESSION_TIMEOUT_S", _TANSU_SESSION_TIMEOUT_S)
     return Settings()
 
@@ -134,13 +178,16 @@ def up(
         str, typer.Option(help="tansu (embedded), apache (needs Java 17), or host:port of yours.")
     ] = "tansu",
     redis: Annotated[str, typer.Option(help="bundled, or the URL of yours.")] = "bundled",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Set aside the profiles of earlier runs.")
+    ] = False,
 ) -> None:
     """Start a broker and a Redis on this machine, and create the topics. `down` stops them."""
     from .local_stack import up as start
     from .topics import create_topics
 
     with console.status("starting broker and Redis"):
-        stack = start(Settings(), kafka=kafka, redis=redis)
+        stack = start(Settings(), kafka=kafka, redis=redis, fresh=fresh)
     create_topics(load_settings())
     _show_stack(stack)
     console.print(
@@ -184,7 +231,10 @@ def topics_create() -> None:
     """Create the topics that are missing; say where existing ones differ from the settings."""
     from .topics import create_topics
 
-    table = Table("topic", "partitions", "replication", "cleanup", "retention", "state")
+    table = Table(
+        Column("topic", no_wrap=True),
+        *("partitions", "replication", "cleanup", "retention", "state"),
+    )
     for report in create_topics(load_settings()):
         retention = report.config.get("retention.ms", "")
         days = f"{int(retention) / 86_400_000:g} d" if retention.lstrip("-").isdigit() else ""
@@ -213,64 +263,59 @@ def release_build(
     ] = None,
 ) -> None:
     """Build the base release from MODEL_BASE, if MODEL_RELEASES has no live one."""
+    from .datasets import NAMES
+
+    model = load_settings().model
+    if dataset not in ("", *NAMES):
+        raise UserError(f"no data set {dataset!r}: choose one of {', '.join(NAMES)}")
+
     from model.errors import ReleaseMissing
     from model.releases import load_current
 
-    settings = load_settings()
+    from .base_release import build_live, require_as_set
+
     try:
-        release = load_current(settings.model.releases)
+        release = load_current(model.releases)
+        require_as_set(release, model)
         console.print(f"{release.id} is live already", highlight=False)
     except ReleaseMissing:
         texts = catalogue_texts(dataset, path or [])
         with _progress("encoding the catalogue") as report:
-            release = build_release(settings, texts, report)
+            release = build_live(model, texts, report)
         console.print(f"{release.id} is live now", highlight=False)
     console.print(f"{release.path}  {release.dimensions} dimensions, space {release.space}")
 
 
 def catalogue_texts(dataset: str, paths: list[Path]) -> list[str]:
     """The texts to fit the base release's projection on."""
-    from model.text import item_text
-
+    from .base_release import texts_of
     from .datasets import load
 
     if not dataset:
         return [line for p in paths for line in _read_text(p).splitlines() if line.strip()]
-    items = load(dataset, paths or None).items
-    return [item_text(i.title, i.category, i.brand or "", i.description or "") for i in items]
-
-
-def build_release(
-    settings: Settings, texts: list[str], progress: Callable[[int, int], None]
-) -> Any:
-    """Build the base release that the settings describe and make it the live one."""
-    from model.releases import build_base, make_current
-
-    model = settings.model
-    release = build_base(
-        model.releases,
-        model.base,
-        texts,
-        model.dimensions,
-        pooling=model.pooling,
-        query_prefix=model.query_prefix,
-        passage_prefix=model.passage_prefix,
-        max_tokens=model.max_tokens,
-        device=model.device,
-        now=datetime.now(UTC),
-        progress=progress,
-    )
-    make_current(release)
-    return release
+    return texts_of(load(dataset, paths or None).items)
 
 
 @app.command()
 def updater() -> None:
     """Run a worker: events and items in, profiles out. SIGTERM or Ctrl-C drains and leaves."""
     logging.getLogger().setLevel(logging.INFO)
+    settings = load_settings()
+    _redis(settings)
+
+    from model.errors import ReleaseMissing
+
     from .updater_app import Worker
 
-    Worker(load_settings()).run()
+    try:
+        worker = Worker(settings)
+    except ReleaseMissing as error:
+        what = str(error).partition(";")[0]
+        raise UserError(
+            f"{what}; type `penchant release build`, or set MODEL_RELEASES to the folder that has "
+            "a live release"
+        ) from error
+    worker.run()
 
 
 # --- events in -----------------------------------------------------------------------------
@@ -287,9 +332,12 @@ def produce(
 ) -> None:
     """Produce events (or items) from JSON lines. Bad lines are named, and not sent."""
     from .producing import produce_lines
+    from .topics import connect
 
-    lines = sys.stdin.buffer if file == "-" else _open(Path(file))
-    sent, bad = produce_lines(load_settings(), lines, items=items)
+    settings = load_settings()
+    with nullcontext(sys.stdin.buffer) if file == "-" else _open(Path(file)) as lines:
+        connect(settings.kafka)  # the producer alone would be patient for half a minute
+        sent, bad = produce_lines(settings, lines, items=items)
     for number, detail in bad:
         _errors.print(f"line {number}: {_plain(detail)}", highlight=False, soft_wrap=True)
     console.print(f"{sent:,} sent" + (f", {len(bad):,} refused" if bad else ""), highlight=False)
@@ -319,6 +367,10 @@ def replay(
     ] = 3600.0,
     rate: Annotated[float, typer.Option(help="Events per second at most; 0: no limit.")] = 0.0,
     limit: Annotated[int | None, typer.Option(help="Stop after so many events.")] = None,
+    start: Annotated[
+        str, typer.Option(help="Events from here on: 1998-03-01 or 1998-03-01T12:00+02:00.")
+    ] = "",
+    end: Annotated[str, typer.Option(help="Events before this date or time.")] = "",
     shift_to_now: Annotated[
         bool, typer.Option("--shift-to-now", help="Move event times so that the last is now.")
     ] = False,
@@ -328,8 +380,18 @@ def replay(
     from .producer import EventProducer
     from .replay import Plan, Replay
     from .replay import Progress as Sent
+    from .topics import connect
 
     settings = load_settings()
+    plan = Plan(
+        speed=speed,
+        rate=rate,
+        limit=limit,
+        start_ms=_time_ms(start, "--start"),
+        end_ms=_time_ms(end, "--end"),
+        shift_to_now=shift_to_now,
+    )
+    connect(settings.kafka)
     data = load(
         dataset,
         path,
@@ -338,7 +400,13 @@ def replay(
         utc_offset=utc_offset or None,
     )
     console.print(f"{data.description}\nRule: {data.rule}", highlight=False)
-    plan = Plan(speed=speed, rate=rate, limit=limit, shift_to_now=shift_to_now)
+    if _has_profiles(settings):
+        console.print(
+            f"Note: there are profiles in {settings.namespace} already, and events that are in "
+            "them count again if the topic is new: `penchant up --fresh` or another NAMESPACE "
+            "starts without them.",
+            highlight=False,
+        )
     with (
         EventProducer(settings.kafka.client_config(), settings.namespace) as sink,
         _progress("sent") as report,
@@ -356,6 +424,35 @@ def replay(
     )
     for reason, skip in summary.skipped.items():
         console.print(f"left out: {skip.rows:,} rows, {reason}", highlight=False)
+
+
+def _time_ms(text: str, option: str) -> int | None:
+    """An ISO date or time, in UTC unless it says otherwise; None for none."""
+    from .tables import parse_time_ms
+
+    if not text:
+        return None
+    try:
+        if not re.match(r"\d{4}-", text):  # a bare number would be taken for seconds since 1970
+            raise ValueError("is no date")
+        return parse_time_ms(text, 0)
+    except ValueError as error:
+        raise UserError(
+            f"cannot read {option} {text!r}: write 1998-03-01 or 1998-03-01T12:00+02:00"
+        ) from error
+
+
+def _has_profiles(settings: Settings) -> bool:
+    """Whether the namespace holds any; False where Redis does not answer."""
+    from profiles import ProfileReader
+    from profiles.errors import RedisUnavailable
+
+    connection = replace(_redis(settings), timeout_s=1.0)  # it is for a note, no more
+    try:
+        with ProfileReader(connection, settings.namespace) as reader:
+            return next(reader.user_ids(), None) is not None
+    except RedisUnavailable:
+        return False
 
 
 # --- profiles out --------------------------------------------------------------------------
@@ -401,11 +498,28 @@ def _tastes(reader: ProfileReader, profile: Profile) -> str:
 def _reader() -> Iterator[ProfileReader]:
     from profiles import ProfileReader
 
+    settings = load_settings()
+    with ProfileReader(_redis(settings), settings.namespace) as reader:
+        yield reader
+
+
+def _redis(settings: Settings) -> Connection:
+    """The connection that the settings describe, tried as far as goes without a server."""
     from .connections import redis_connection
 
-    settings = load_settings()
-    with ProfileReader(redis_connection(settings), settings.namespace) as reader:
-        yield reader
+    connection = redis_connection(settings)
+    try:
+        connection.open().close()
+    except ValueError as error:
+        # A URL that cannot be read may show parts of its password in redis-py's message.
+        is_ours = str(error).startswith("REDIS_TLS_CA")
+        raise UserError(
+            str(error)
+            if is_ours
+            else "REDIS_URL is no Redis URL: write it as redis://HOST:6379/0 (rediss:// for TLS), "
+            "and the password in REDIS_PASSWORD"
+        ) from error
+    return connection
 
 
 # --- dead letters and schemas --------------------------------------------------------------

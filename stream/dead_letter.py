@@ -159,7 +159,7 @@ class DeadLetter:
 def read(settings: Settings, limit: int, timeout_s: float = 10.0) -> list[DeadLetter]:
     """The newest `limit` rejects, newest first. Raises UserError where there is no topic to read.
 
-    Reads no more than `limit` records of each partition, and joins no group.
+    Keeps no more than `limit` records of each partition, and joins no group.
     """
     topic = settings.topic(TOPIC)
     last_error = ""
@@ -172,6 +172,7 @@ def read(settings: Settings, limit: int, timeout_s: float = 10.0) -> list[DeadLe
         "group.id": settings.topic("dead-letter-reader"),  # required, never joined
         "enable.auto.commit": False,
         "enable.partition.eof": True,
+        "fetch.wait.max.ms": 50,  # the end of a partition is told after this wait
         "auto.offset.reset": "earliest",
         "error_cb": remember,
         "log_level": 2,  # what goes wrong is raised, once
@@ -201,18 +202,17 @@ def _newest(consumer: Consumer, topic: str, limit: int, timeout_s: float) -> lis
     if found.error is not None or not found.partitions:
         raise UserError(f"there is no topic {topic}; create it with `penchant topics create`")
     starts = []
-    ends = {}  # partition -> the offset that the next record would get
     for partition in found.partitions:
         low, high = consumer.get_watermark_offsets(
             TopicPartition(topic, partition), timeout=timeout_s
         )
-        if high > low:
-            starts.append(TopicPartition(topic, partition, max(low, high - limit)))
-            ends[partition] = high
+        # A place to start, and no end: Tansu counts the latest batch as one record here.
+        starts.append(TopicPartition(topic, partition, max(low, high - limit)))
     consumer.assign(starts)
     deadline = time.monotonic() + timeout_s
-    messages = []
-    while ends:
+    newest: dict[int, deque[Message]] = {p: deque(maxlen=limit) for p in found.partitions}
+    unread = set(newest)
+    while unread:
         message = consumer.poll(max(0.0, deadline - time.monotonic()))
         if message is None:
             raise UserError(
@@ -220,14 +220,12 @@ def _newest(consumer: Consumer, topic: str, limit: int, timeout_s: float) -> lis
             )
         partition, error = message.partition(), message.error()
         if error is None:
-            messages.append(message)
-            if message.offset() + 1 >= ends.get(partition, 0):
-                ends.pop(partition, None)
+            newest[partition].append(message)
         elif error.code() == KafkaError._PARTITION_EOF:
-            ends.pop(partition, None)
+            unread.discard(partition)
         else:
             raise KafkaException(error)
-    return messages
+    return [message for messages in newest.values() for message in messages]
 
 
 def _dead_letter(message: Message) -> DeadLetter:
@@ -274,7 +272,8 @@ class TooManyRejects(UserError):
         super().__init__(
             f"{rejected:,} of the last {size:,} records were rejected ({self.share:.0%}; "
             f"STREAM_MAX_REJECT_SHARE allows {max_share:.0%}), most often {worst.reason}: "
-            f"{worst.detail}. Look at `penchant dlq show`, mend the producer, start again"
+            f"{worst.detail}. Look at `penchant dlq show` and mend the producer; the bad records "
+            "stay in the topic, so start once with STREAM_MAX_REJECT_SHARE=1 to get past them"
         )
 
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
 
@@ -25,13 +24,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from profiles import ProfileReader
 
+from .base_release import build_live, texts_of
 from .connections import redis_connection
 from .datasets import Dataset, load
 from .demo_signals import Signals
 from .demo_watch import Crowd, Sample, answer, parse_sample
 from .errors import UserError
 from .events import Event, Item
-from .local_stack import RedisServer, ServerRecord, Stack, Tansu, status
+from .local_stack import RedisServer, ServerRecord, Stack, Tansu, set_aside, status
 from .processes import ServerProcess, free_port
 from .producer import EventProducer
 from .replay import Plan, Replay
@@ -210,8 +210,8 @@ def _empty_redis_folder(stack: Path) -> Path:
     folder = stack / "redis"
     if (folder / _FROM_THE_DEMO).exists():
         shutil.rmtree(folder)
-    elif folder.exists():
-        folder.rename(folder.with_name(f"redis-until-{datetime.now(UTC):%Y%m%dT%H%M%S}"))
+    else:
+        set_aside(folder)
     folder.mkdir(parents=True)
     (folder / _FROM_THE_DEMO).touch()
     return folder
@@ -251,27 +251,7 @@ def _build_release_if_missing(
     if (model.releases / "CURRENT").exists():  # whether it is sound, the worker will say
         return
     with signals.heeded(), steps.step("building the base release") as report:
-        from model.releases import build_base, make_current  # takes torch's two seconds
-        from model.text import item_text
-
-        texts = [
-            item_text(i.title, i.category, i.brand or "", i.description or "")
-            for i in dataset.items
-        ]
-        release = build_base(
-            model.releases,
-            model.base,
-            texts,
-            model.dimensions,
-            pooling=model.pooling,
-            query_prefix=model.query_prefix,
-            passage_prefix=model.passage_prefix,
-            max_tokens=model.max_tokens,
-            device=model.device,
-            now=datetime.now(UTC),
-            progress=report,
-        )
-        make_current(release)
+        build_live(model, texts_of(dataset.items), report)
 
 
 def _worker(settings: Settings, log: Path) -> ServerProcess:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import confluent_kafka as kafka
 from confluent_kafka.admin import AdminClient
@@ -36,6 +36,8 @@ from .topics import topic_ids
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _COMMIT_EVERY_S: Final = 0.2
 _LOOK_EVERY_S: Final = 1.0
 # librdkafka throws its prefetched records away when a partition is paused, so a short wait for
@@ -44,10 +46,9 @@ _WAIT_BEFORE_PAUSE_S: Final = 1.0
 # A micro-batch is gathered in steps, so that its text budget is checked on the way.
 _STEP_RECORDS: Final = 1024
 _BYTES_PER_TOKEN: Final = 4
-_ID_ATTEMPTS: Final = 5
-_ID_PAUSE_S: Final = 0.2
-# Looks in a row at which a topic may be unknown, as to a broker that just started.
-_ABSENCES: Final = 3
+# A broker that just started may not know a topic for a moment.
+_ABSENCES: Final = 5
+_ASK_AGAIN_S: Final = 0.2
 
 _SliceKey = tuple[str, int, int]  # topic, partition, epoch
 
@@ -114,8 +115,8 @@ class Intake(Service):  # type: ignore[misc]
         self._stopping = False
         self._aborted = False
         self._admin = AdminClient(client_config(settings))
+        self._protocol = ""
         self._topic_ids: dict[str, str | None] = {}
-        self._absences = 0
         self._next_offset: dict[TopicPartition, int] = {}  # of assigned partitions, once read from
         self._jumped_from: dict[TopicPartition, int] = {}  # offsets where some were missing
         self._thread: threading.Thread | None = None
@@ -188,13 +189,13 @@ class Intake(Service):  # type: ignore[misc]
             loop.call_soon_threadsafe(self._on_failure, error)
 
     def _consume(self, loop: asyncio.AbstractEventLoop) -> None:
-        protocol = choose_protocol(self._settings.kafka)
-        consumer = self._subscribed(protocol)
+        self._protocol = choose_protocol(self._settings.kafka)
+        consumer = self._subscribed()
         next_commit_s = next_look_s = 0.0
         try:
             while not (self._stopping or self._aborted):
                 batch = self._gather(consumer)
-                if batch is not None:
+                if batch is not None and self._is_of_known_topics(batch):
                     self._hand_out(batch, loop)
                     self._wait_for_room(consumer, loop)
                 now_s = time.monotonic()
@@ -206,16 +207,14 @@ class Intake(Service):  # type: ignore[misc]
                     self._measure_lag(consumer)
                     self._report_expired(consumer, self._jumped_from)
                     self._jumped_from.clear()
-                    if protocol == "classic":  # the other one assigns topics by their id
-                        self._check_topics()
             self._finish_in_hand(None)
             self._commit(consumer, synchronous=True)
         finally:
             self.abort()  # closing gives all partitions back, and there is nothing left to wait for
             consumer.close()
 
-    def _subscribed(self, protocol: str) -> kafka.Consumer:
-        config = consumer_config(self._settings, protocol, self._commit_answered)
+    def _subscribed(self) -> kafka.Consumer:
+        config = consumer_config(self._settings, self._protocol, self._commit_answered)
         consumer = kafka.Consumer(config)
         consumer.subscribe(
             self._topics, on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost
@@ -258,8 +257,8 @@ class Intake(Service):  # type: ignore[misc]
             piece = slices[key] = Slice(*key, source)
         offset, value = message.offset(), message.value()
         expected = self._next_offset.get(partition, offset)
-        if offset != expected:
-            self._jumped(partition, expected, offset)
+        if offset > expected:  # deleted, compacted, or the end of a transaction
+            self._jumped_from.setdefault(partition, expected)
         self._next_offset[partition] = offset + 1
         piece.offsets.append(offset)
         piece.keys.append(message.key())
@@ -268,13 +267,20 @@ class Intake(Service):  # type: ignore[misc]
         piece.headers.append(message.headers())
         return len(value) if value is not None else 0
 
-    def _jumped(self, partition: TopicPartition, expected: int, offset: int) -> None:
-        """Offsets go back in a topic that was deleted and made again; they leave some out where
-        retention was faster than this worker (or records were compacted, or transactions ended)."""
-        if offset < expected:
-            self._check_topics()
-        else:
-            self._jumped_from.setdefault(partition, expected)
+    def _is_of_known_topics(self, batch: MicroBatch) -> bool:
+        """Whether the batch was read from the topics that were assigned. Raises IntakeFailed if one
+        was deleted or made again meanwhile: librdkafka goes on in the new topic at the offset of
+        the old one, and offsets of the two must not be taken for each other. An id never comes
+        back, so asking after the fetch makes sure. It costs a round trip per micro-batch."""
+        assigned = {p.topic: self._topic_ids.get(p.topic) for p in batch.slices}
+        found = self._ask_topic_ids([topic for topic, known in assigned.items() if known])
+        if found is None:
+            return False  # stopping
+        for topic, topic_id in found.items():
+            if topic_id != assigned[topic]:
+                what = "made again" if topic_id else "deleted"
+                raise IntakeFailed(f"{topic} was {what} while it was read: start again")
+        return True
 
     def _hand_out(self, batch: MicroBatch, loop: asyncio.AbstractEventLoop) -> None:
         with self._changed:
@@ -307,7 +313,7 @@ class Intake(Service):  # type: ignore[misc]
             # Polling serves rebalances and keeps the membership. Paused partitions give nothing;
             # one that was assigned meanwhile may, once.
             batch = self._gather(consumer)
-            if batch is not None:
+            if batch is not None and self._is_of_known_topics(batch):
                 self._hand_out(batch, loop)
             consumer.pause(consumer.assignment())
             self._commit(consumer, synchronous=False)
@@ -331,7 +337,11 @@ class Intake(Service):  # type: ignore[misc]
             self._tracker.committed(offsets)
         if not offsets:
             return
-        positions = [kafka.TopicPartition(t, p, offset) for (t, p), offset in offsets.items()]
+        # The topic's id goes with the offset, because the broker keeps it under the topic's name.
+        positions = [
+            kafka.TopicPartition(topic, partition, offset, self._topic_ids.get(topic) or "")
+            for (topic, partition), offset in offsets.items()
+        ]
         try:
             if synchronous:
                 self._commit_answered(None, consumer.commit(offsets=positions, asynchronous=False))
@@ -353,8 +363,12 @@ class Intake(Service):  # type: ignore[misc]
     # --- rebalances, called by librdkafka inside consume()
 
     def _assigned(self, consumer: kafka.Consumer, partitions: list[Any]) -> None:
-        self._learn_topic_ids(sorted({p.topic for p in partitions}))
-        self._report_expired(consumer, self._committed_offsets(consumer, partitions))
+        if partitions:
+            partitions = self._starting_points(consumer, partitions)
+        if self._protocol == "classic":
+            consumer.assign(partitions)
+        else:
+            consumer.incremental_assign(partitions)
         with self._changed:
             self._epoch += 1
             for p in partitions:
@@ -386,47 +400,43 @@ class Intake(Service):  # type: ignore[misc]
                 self._jumped_from.pop(partition, None)
             metrics.PARTITIONS.set(len(self._epochs))
 
-    def _learn_topic_ids(self, topics: list[str]) -> None:
-        """Ask for the ids of assigned topics, anew each time: a topic may have been made again.
+    def _starting_points(self, consumer: kafka.Consumer, partitions: list[Any]) -> list[Any]:
+        """The partitions with the offsets to start at. The topics' ids are learned anew: a topic
+        may have been made again, and then the offset that is committed is of the old one."""
+        ids = self._ask_topic_ids(sorted({p.topic for p in partitions}))
+        committed = self._ask(lambda: consumer.committed(partitions, timeout=10))
+        if ids is None or committed is None:
+            return partitions  # stopping
+        self._topic_ids |= ids
+        for p in committed:
+            if p.metadata and p.metadata != self._topic_ids[p.topic]:
+                log.warning("%s[%d] was made again: read from its start", p.topic, p.partition)
+                p.offset = kafka.OFFSET_BEGINNING
+        self._report_expired(
+            consumer, {(p.topic, p.partition): p.offset for p in committed if p.offset >= 0}
+        )
+        return [kafka.TopicPartition(p.topic, p.partition, p.offset) for p in committed]
 
-        A topic's name stands in only where brokers give no ids: its events would count again under
-        the id. A broker that just started may not know a topic for a moment.
-        """
-        for attempt in range(_ID_ATTEMPTS if topics else 0):
+    def _ask_topic_ids(self, topics: list[str]) -> dict[str, str | None] | None:
+        """Topic -> id: None where a topic is unknown, or the brokers have no ids and a topic's name
+        must do. None for all when stopping."""
+        ids: dict[str, str | None] | None = {}
+        for _ in range(_ABSENCES if topics else 0):
+            ids = self._ask(lambda: topic_ids(self._admin, topics))
+            if ids is None or None not in ids.values():
+                break
+            time.sleep(_ASK_AGAIN_S)
+        return ids
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """What the brokers answer, however long that takes them. None when stopping."""
+        while not (self._stopping or self._aborted):
             try:
-                ids = topic_ids(self._admin, topics)
+                return question()
             except kafka.KafkaException as error:
-                if attempt == _ID_ATTEMPTS - 1:
-                    raise IntakeFailed(f"the brokers do not tell topics' ids: {error}") from None
-            else:
-                self._topic_ids |= ids
-                if None not in ids.values():
-                    return
-            time.sleep(_ID_PAUSE_S)
-
-    def _check_topics(self) -> None:
-        """Stop if a topic was deleted or made again while it is read. librdkafka may go on at the
-        old offset in the new topic, and offsets of the two must not be taken for each other."""
-        known = {topic: topic_id for topic, topic_id in self._topic_ids.items() if topic_id}
-        try:
-            found = topic_ids(self._admin, sorted(known), _LOOK_EVERY_S) if known else {}
-        except kafka.KafkaException:
-            return  # no broker answers: nothing is read either
-        self._absences = self._absences + 1 if None in found.values() else 0
-        for topic, topic_id in found.items():
-            if topic_id != known[topic] and (topic_id or self._absences >= _ABSENCES):
-                what = "made again" if topic_id else "deleted"
-                raise IntakeFailed(f"{topic} was {what} while it was read: start again")
-
-    def _committed_offsets(
-        self, consumer: kafka.Consumer, partitions: list[Any]
-    ) -> dict[TopicPartition, int]:
-        try:
-            committed = consumer.committed(partitions, timeout=10)
-        except kafka.KafkaException as error:
-            log.warning("committed offsets not found out: %s", error)
-            return {}
-        return {(p.topic, p.partition): p.offset for p in committed if p.offset >= 0}
+                log.warning("waiting for the brokers: %s", error.args[0].str())
+                time.sleep(_ASK_AGAIN_S)
+        return None
 
     def _report_expired(
         self, consumer: kafka.Consumer, next_offsets: dict[TopicPartition, int]

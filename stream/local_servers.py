@@ -32,7 +32,7 @@ REDIS_STOP_S = 10.0
 TANSU_STOP_S = 3.0
 REDIS_DATABASES = 256  # so that each test may have one for itself
 
-LOCAL_EXTRA = "type `pip install 'penchant[local]'`"
+LOCAL_EXTRA = "type `make env` in the checkout, or `pip install -e '.[local]'`"
 
 
 class _PortTaken(Exception):

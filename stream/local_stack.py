@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import urllib.parse
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +41,7 @@ __all__ = [
     "Stack",
     "Tansu",
     "down",
+    "set_aside",
     "status",
     "up",
 ]
@@ -79,16 +81,20 @@ class Stack(BaseModel):
         return {role: record for role, record in found.items() if record is not None}
 
 
-def up(settings: Settings, kafka: str = "tansu", redis: str = "bundled") -> Stack:
+def up(
+    settings: Settings, kafka: str = "tansu", redis: str = "bundled", *, fresh: bool = False
+) -> Stack:
     """A broker and a Redis that stay; what runs already is kept.
 
     `kafka` is `tansu`, `apache`, or the bootstrap servers of brokers that run elsewhere;
     `redis` is `bundled` or a URL. Embedded servers listen where KAFKA_BOOTSTRAP and REDIS_URL
-    say, so that every other command finds them. Raises UserError, and then leaves nothing
-    behind that was not there before.
+    say, so that every other command finds them. `fresh` sets aside what earlier runs kept. Raises
+    UserError, and then leaves nothing behind that was not there before.
     """
     with _locked(settings), contextlib.ExitStack() as undo:
         before = _load(settings)
+        if fresh:
+            _set_all_aside(settings, before)
         undo.callback(_save, settings, before)
         # On record as soon as it runs, so that `down` finds it whatever happens next.
         stack = before.model_copy(update={"kafka": _kafka_up(settings, kafka, before.kafka, undo)})
@@ -97,6 +103,19 @@ def up(settings: Settings, kafka: str = "tansu", redis: str = "bundled") -> Stac
         _save(settings, stack)
         undo.pop_all()
         return stack
+
+
+def set_aside(folder: Path) -> None:
+    """Keep a server's data under a name with the time in it, and out of the way."""
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}-until-{datetime.now(UTC):%Y%m%dT%H%M%S}"))
+
+
+def _set_all_aside(settings: Settings, stack: Stack) -> None:
+    if any(record.running for record in stack.records().values()):
+        raise UserError("The local stack is running: `penchant down` first, then start it fresh")
+    for name in ("redis", "apache-kafka"):
+        set_aside(_stack_folder(settings) / name)
 
 
 def status(settings: Settings) -> Stack:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiles import Profile, ProfileReader, SpaceMismatch
+from profiles import NearestItem, Profile, ProfileReader, SpaceMismatch
 from profiles.schema import EVENT_TYPES
 
 _SHOWN_EVENTS = 8
@@ -19,11 +19,14 @@ _BAR_CELLS = 20
 
 def render_profile(reader: ProfileReader, profile: Profile) -> RenderableType:
     """Counters, interests by time scale, categories, last events, nearest items."""
-    parts: list[RenderableType] = [_heading(profile), _categories(reader, profile)]
-    parts.append(_recent(reader, profile))
-    nearest = _nearest(reader, profile)
-    if nearest is not None:
-        parts.append(nearest)
+    tables = (
+        _scales(reader, profile),
+        _categories(reader, profile),
+        _recent(reader, profile),
+        _nearest(reader, profile),
+    )
+    parts: list[RenderableType] = [_heading(profile)]
+    parts.extend(table for table in tables if table.row_count)
     return Group(*parts)
 
 
@@ -77,6 +80,15 @@ def _heading(profile: Profile) -> Text:
     )
 
 
+def _scales(reader: ProfileReader, profile: Profile) -> Table:
+    table = Table("half life", "mass", "nearest item", box=None, pad_edge=False)
+    for scale, half_life_s in enumerate(profile.half_lives_s):
+        items = _nearest_or_none(reader, profile, 1, scale)
+        title = (items[0].title or items[0].item_id) if items else "–"
+        table.add_row(_span(float(half_life_s)), f"{profile.masses[scale]:.2f}", title)
+    return table
+
+
 def _categories(reader: ProfileReader, profile: Profile) -> Table:
     table = Table("category", "", "weight", box=None, pad_edge=False)
     top = [(name, mass) for name, mass in reader.top_categories(profile, 6) if mass > 0]
@@ -95,22 +107,30 @@ def _recent(reader: ProfileReader, profile: Profile) -> Table:
     return table
 
 
-def _nearest(reader: ProfileReader, profile: Profile) -> Table | None:
-    items = _nearest_or_none(reader, profile)
-    if not items:
-        return None
+def _nearest(reader: ProfileReader, profile: Profile) -> Table:
     table = Table("nearest items", "cosine", "category", box=None, pad_edge=False)
-    for item in items:
+    for item in _nearest_or_none(reader, profile):
         name = item.title or item.item_id
         table.add_row(name, f"{item.cosine:.3f}", " > ".join(item.category))
     return table
 
 
-def _nearest_or_none(reader: ProfileReader, profile: Profile) -> list[Any]:
+def _nearest_or_none(
+    reader: ProfileReader, profile: Profile, k: int = _SHOWN_ITEMS, scale: int | None = None
+) -> list[NearestItem]:
     try:
-        return list(reader.nearest_items(profile.user_id, _SHOWN_ITEMS))
+        return reader.nearest_items(profile.user_id, k, scale)
     except SpaceMismatch:  # no item with a text yet: the rest of the profile is still worth seeing
         return []
+
+
+def _span(seconds: float) -> str:
+    """1800 -> `30 minutes`, in the largest unit that it is one or more of."""
+    for unit, length_s in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= length_s:
+            count = seconds / length_s
+            return f"{count:g} {unit}" + ("" if count == 1 else "s")
+    return f"{seconds:g} s"
 
 
 def _time(ms: int) -> str:

@@ -181,7 +181,7 @@ class Updater:
             return Prepared(list(taken.columns.users), events, arrived + told, taken.oldest_ms)
 
     def _with_vectors(self, batch: TakenApart) -> tuple[EventColumns, list[int]]:
-        """The events with their vectors, and the items whose text they were the first to tell."""
+        """The events with their vectors, and the items they tell of that users wait for."""
         taken, told = batch.columns, list[int]()
         m, dimensions = len(taken.row), self._layout.dimensions
         weight = np.asarray(taken.weight, dtype=np.float32)
@@ -192,7 +192,7 @@ class Updater:
         at = np.flatnonzero(
             [bool(i) and w != 0 for i, w in zip(taken.item_id, taken.weight, strict=True)]
         )
-        if len(at):
+        if len(at) or taken.inline:  # an event without weight may still tell of its item
             inline = dict(
                 zip(self._catalogue.keys_of(list(taken.inline)), taken.inline.values(), strict=True)
             )
@@ -249,10 +249,8 @@ class Updater:
             ids = [users[i] for i in left]
             profiles = self._profiles.load(ids)
             rows = sorted(set(change(profiles, left)) | self._resolve_pending(profiles))
-            self._catalogue.name_unknown(_categories(profiles, rows))
-            refused = self._profiles.save(
-                ids, profiles, rows, self._catalogue.category_names, self._clock()
-            )
+            names = self._catalogue.names_of(_categories(profiles, rows))
+            refused = self._profiles.save(ids, profiles, rows, names, self._clock())
             metrics.SAVES.inc(len(rows) - len(refused))
             metrics.SAVES_REFUSED.inc(len(refused))
             self._wait_for_items(ids, profiles)

@@ -88,7 +88,7 @@ def encode_once(encoder: TextEncoder, name: str, texts: list[str]) -> Floats:
 def movielens(encoder: TextEncoder) -> Shop:
     spec = importlib.util.find_spec("recbole")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("MovieLens is not installed; run: pip install penchant[demo]")
+        raise SystemExit("MovieLens is not installed; run `make env`")
     folder = Path(spec.submodule_search_locations[0]) / "dataset_example" / "ml-100k"
     with (folder / "ml-100k.item").open(encoding="utf-8") as stream:
         items = list(csv.DictReader(stream, delimiter="\t"))

@@ -44,8 +44,10 @@ def render(
 ) -> str:
     """All tables."""
     parts = [_where(repeats, command)]
-    for workload in dict.fromkeys(r.workload for r in readings):
-        parts.append(_table(workload, [r for r in readings if r.workload == workload]))
+    parts += [
+        _table(workload, [r for r in readings if r.workload == workload])
+        for workload in dict.fromkeys(r.workload for r in readings)
+    ]
     if tops:
         parts.append(_ceilings(tops))
     return "\n\n".join(parts)
@@ -71,7 +73,9 @@ def _table(workload: str, readings: Sequence[Reading]) -> str:
     for name in names:
         own = [r for r in readings if r.pipeline == name]
         rates = [r.rate for r in own]
-        p50, p99 = (_median(own, lambda r, q=q: float(np.percentile(r.fresh_ms, q))) for q in (50, 99))
+        p50, p99 = (
+            _median(own, lambda r, q=q: float(np.percentile(r.fresh_ms, q))) for q in (50, 99)
+        )
         cpu = ", ".join(
             f"{_median(own, lambda r, p=p: r.cpu_s[p]):,.0f}" for p in ("worker", "broker", "redis")
         )
@@ -99,7 +103,11 @@ def _table(workload: str, readings: Sequence[Reading]) -> str:
 def _ceilings(tops: Sequence[Ceilings]) -> str:
     rows = [
         ("librdkafka, consume alone", [t.consumed for t in tops], "records/s"),
-        ("consume and parse (`stream.events.parse`)", [t.consumed_and_parsed for t in tops], "events/s"),
+        (
+            "consume and parse (`stream.events.parse`)",
+            [t.consumed_and_parsed for t in tops],
+            "events/s",
+        ),
         ("load profiles alone (`ProfileStore.load`)", [t.loads for t in tops], "profiles/s"),
         ("fenced saves alone (`ProfileStore.save`)", [t.saves for t in tops], "profiles/s"),
     ]
@@ -113,7 +121,7 @@ def _ceilings(tops: Sequence[Ceilings]) -> str:
         "| | |",
         "|---|---|",
     ]
-    lines += [f"| {what} | {statistics.median(values):,.0f} {unit} |" for what, values, unit in rows]
+    lines += [f"| {what} | {statistics.median(each):,.0f} {unit} |" for what, each, unit in rows]
     return "\n".join(lines)
 
 
@@ -124,8 +132,8 @@ def _median(readings: Sequence[Reading], value: Callable[[Reading], float]) -> f
 def _where(repeats: int, command: str) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return (
-        f"Measured on {datetime.now(UTC):%Y-%m-%d} at commit {_commit()} with `{command}`; medians of "
-        f"{repeats} repeats.\n\n"
+        f"Measured on {datetime.now(UTC):%Y-%m-%d} at commit {_commit()} with `{command}`; medians "
+        f"of {repeats} repeats.\n\n"
         f"Machine: {_cpu_model()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB, Linux "
         f"{platform.release()}. Broker, Redis, worker and the producer of the load share them.\n\n"
         f"Python {platform.python_version()}, Apache Kafka {apache_kafka_version()}, {packages}."

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import redis
 
 from profiles import Connection, RedisUnavailable
-from profiles.items import ItemRecord, ItemStore, Origin, read_record
-from profiles.schema import WAITING_TTL_S, Keys, key64
+from profiles.items import ItemStore, Origin
+from profiles.schema import WAITING_TTL_S, ItemRecord, Keys, key64, read_record
 from profiles.schema_doc import writer_acl
 from stream.local_stack import RedisServer
 from tests.between import Between
@@ -72,19 +74,20 @@ def test_a_changed_text_is_announced_once(items: ItemStore) -> None:
     start = items.changes_end()
     items.put([LAMP, ItemRecord("A-2", "Table")], [OLD, OLD], [Origin(TOPIC, 0), None])
     position, changed = items.changes_since(start)
-    assert sorted(changed) == sorted([KEY, key64("A-2")])
-    assert items.changes_since(position) == (position, [])
+    assert changed == {KEY: OLD, key64("A-2"): OLD}
+    assert items.changes_since(position) == (position, {})
     items.put([LAMP], [OLD], [Origin(TOPIC, 1)])  # the price, say
     items.put([named("stale")], [NEW], [Origin(TOPIC, 0)])
-    assert items.changes_since(position) == (position, [])
+    assert items.changes_since(position) == (position, {})
     items.put([named("Bright lamp")], [NEW], [Origin(TOPIC, 2)])
     end, changed = items.changes_since(position)
-    assert changed == [KEY]
+    assert changed == {KEY: NEW}
     assert end == items.changes_end()
 
 
 def test_a_vector_of_an_older_text_is_not_given(items: ItemStore) -> None:
     vector = np.eye(4, dtype=np.float32)[1]
+    items.put([LAMP], [OLD], [None])
     items.put_vectors(SPACE, ["A-1"], [OLD], vector[None])
     got = items.vectors(SPACE, {"A-1": OLD, "A-2": OLD})
     assert list(got) == ["A-1"]
@@ -136,8 +139,57 @@ def test_vector_sets_are_used_where_redis_has_them(
             with closing(Connection(at).open()) as client:
                 items = ItemStore(client, Keys(namespace))
                 assert items.has_vector_sets() is has
-                items.put_vectors(SPACE, ["A-1"], [OLD], np.eye(4, dtype=np.float32)[:1])
-                assert len(items.vectors(SPACE, {"A-1": OLD})) == 1
+                check_that_the_latest_text_has_its_vector(items, client, Keys(namespace))
+                client.flushdb()
+
+
+def check_that_the_latest_text_has_its_vector(
+    items: ItemStore, client: redis.Redis, keys: Keys
+) -> None:
+    """What a slow encoder brings late is left out: of an old text, or of a deleted item."""
+    old, new = np.eye(4, dtype=np.float32)[:2]
+    indexed = items.has_vector_sets()
+
+    def index(command: str, *args: str) -> Any:
+        return cast(Any, client).execute_command(command, keys.index(SPACE), *args)
+
+    ids = [f"A-{i}" for i in range(1, 41)]
+    records = [ItemRecord(item_id, "Lamp") for item_id in ids]
+    items.put(records, [OLD] * 40, [Origin(TOPIC, 0)] * 40)
+    items.put_vectors(SPACE, ids, [OLD] * 40, np.tile(old, (40, 1)))
+    assert len(items.vectors(SPACE, dict.fromkeys(ids, OLD))) == 40
+    assert not indexed or index("VCARD") == 40
+    items.put([LAMP], [NEW], [Origin(TOPIC, 1)])
+    items.put_vectors(SPACE, ["A-1"], [NEW], new[None])
+    items.put_vectors(SPACE, ["A-1"], [OLD], old[None])
+    np.testing.assert_array_equal(items.vectors(SPACE, {"A-1": NEW})["A-1"], new)
+    if indexed:
+        kept = np.array(index("VEMB", "A-1"), dtype=np.float32)
+        np.testing.assert_allclose(kept, new, atol=1e-6)
+    items.put([replace(LAMP, deleted=True)], [NEW], [Origin(TOPIC, 2)])
+    items.drop_vectors(SPACE, ["A-1"])
+    items.put_vectors(SPACE, ["A-1", "unknown"], [NEW, NEW], np.stack([new, new]))
+    assert items.vectors(SPACE, {"A-1": NEW, "unknown": NEW}) == {}
+    assert not indexed or index("VCARD") == 39
+
+
+def test_a_deletion_keeps_out_what_events_say_and_gives_way_to_the_catalogue(
+    items: ItemStore,
+) -> None:
+    items.put([ItemRecord("A-1", deleted=True)], [OLD], [Origin(TOPIC, 3)])
+    items.put([LAMP], [NEW], [None])
+    items.put([named("earlier")], [NEW], [Origin(TOPIC, 2)])
+    assert items.records([KEY])[KEY][0].deleted
+    items.put([LAMP], [NEW], [Origin(TOPIC, 4)])
+    assert items.records([KEY]) == {KEY: (LAMP, NEW)}
+
+
+def test_items_that_users_wait_for_are_named(items: ItemStore) -> None:
+    assert items.awaited([]) == set()
+    items.wait_for({"u": [KEY, 5]})
+    assert items.awaited([7, KEY, 5, 6]) == {KEY, 5}
+    items.resolve_waiting(5, lambda users: None)
+    assert items.awaited([5, KEY]) == {KEY}
 
 
 def test_the_acl_of_the_schema_page_is_enough_for_items(
@@ -157,8 +209,9 @@ def test_the_acl_of_the_schema_page_is_enough_for_items(
         assert items.category_names([1]) == {1: "One"}
         assert items.records([KEY])[KEY] == (LAMP, OLD)
         items.wait_for({"u": [KEY]})
+        assert items.awaited([KEY]) == {KEY}
         items.resolve_waiting(KEY, lambda users: None)
-        assert items.changes_since("0-0") == (items.changes_end(), [KEY])
+        assert items.changes_since("0-0") == (items.changes_end(), {KEY: OLD})
     with closing(Connection(server.url, "updater", "secret").open()) as client:
         elsewhere = ItemStore(client, Keys("another"))
         with pytest.raises(RedisUnavailable, match=r"docs/schema\.md"):

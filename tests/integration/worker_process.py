@@ -3,11 +3,13 @@ that encodes in no time, a wait for conditions, the group's position in its topi
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,16 +17,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import BertConfig, BertModel
 
-from model.releases import Release, build_base, make_current
+from model.engine import Engine
+from model.releases import Release, build_base, load_current, make_current
+from stream.intake import Intake, MicroBatch
 from stream.processes import free_port
 from stream.settings import Settings
+from stream.updater_app import Patience, Pipeline, build_updater, find_topics
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 90.0  # a worker starts in 6 s on two idle cores, and cores are seldom idle
@@ -88,6 +93,65 @@ def environment(settings: Settings) -> dict[str, str]:
             text = json.dumps(value) if isinstance(value, bool | dict | list | tuple) else value
             changed[f"{group}_{name}".upper()] = str(text)
     return changed
+
+
+class LocalWorker:
+    """A worker without Faust, on a thread of this process: intake, pipeline and updater as they
+    are, with an engine of its own. It starts at once, and its failure can be looked at."""
+
+    def __init__(self, settings: Settings) -> None:
+        topics, partitions = find_topics(settings)
+        engine = Engine(load_current(settings.model.releases), device="cpu", threads=1)
+        self.error: BaseException | None = None
+        patience = Patience(settings.redis.patience_s)
+        self.updater = patience(lambda: build_updater(settings, engine, partitions))
+        self.pipeline = Pipeline(self.updater, patience, self._fail)
+        self._batches: asyncio.Queue[MicroBatch] = asyncio.Queue()
+        self.intake = Intake(settings, topics, self._batches.put, self._fail)
+        self._stop = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=asyncio.run, args=(self._run(),), daemon=True)
+
+    def wait_failed(self) -> BaseException:
+        eventually("the worker fails", lambda: self.error)
+        assert self.error is not None
+        return self.error
+
+    def stop(self) -> None:
+        """As a signal would."""
+        if self._loop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(60)
+            assert not self._thread.is_alive(), "the worker did not stop"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        eventually("it holds partitions", lambda: self.intake.assigned() or self.error)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.stop()
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self.intake.start()
+        agent = asyncio.create_task(self._agent())
+        await self._stop.wait()
+        await self.intake.stop()
+        agent.cancel()
+        self.pipeline.close(0)
+
+    async def _agent(self) -> None:
+        try:
+            while True:
+                await self.pipeline.feed(await self._batches.get(), self.intake)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error = error
+            self.intake.abort()
 
 
 class WorkerProcess:

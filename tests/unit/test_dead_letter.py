@@ -202,6 +202,12 @@ def test_the_message_names_the_commonest_reason_and_its_detail() -> None:
         RejectWindow(6, 0.5).add(6, bad)
 
 
+def test_the_message_is_one_line_that_tells_how_to_get_past_the_bad_records() -> None:
+    with pytest.raises(TooManyRejects, match=r"STREAM_MAX_REJECT_SHARE=1 to get past") as raised:
+        RejectWindow(2, 0.5).add(2, rejects(0, 1))
+    assert "\n" not in str(raised.value)
+
+
 def test_an_empty_slice_changes_nothing() -> None:
     window = RejectWindow(10, 0.5)
     window.add(0, [])

@@ -95,9 +95,7 @@ def test_an_answer_may_come_in_pieces() -> None:
         assert choose_protocol(KafkaSettings(bootstrap=f"127.0.0.1:{port}")) == "consumer"
 
 
-@pytest.mark.parametrize(
-    "form", ["PLAINTEXT://127.0.0.1:{}", " 127.0.0.1:{} ", "localhost:{}"]
-)
+@pytest.mark.parametrize("form", ["PLAINTEXT://127.0.0.1:{}", " 127.0.0.1:{} ", "localhost:{}"])
 def test_addresses_may_be_written_in_any_way_that_the_client_takes(form: str) -> None:
     with _broker(_api_versions(NEW)) as port:
         assert choose_protocol(KafkaSettings(bootstrap=form.format(port))) == "consumer"
