@@ -137,8 +137,13 @@ def read_fence(fence: bytes) -> tuple[int, int, int, dict[int, int]]:
     Raises StateCorrupt.
     """
     watermark = _watermark(fence)
+    return *read_fence_header(fence), watermark
+
+
+def read_fence_header(fence: bytes) -> tuple[int, int, int]:
+    """(revision, writer, expires_s) of a fence field that `unpack` has taken."""
     revision, writer, expires_s = _FENCE_HEADER.unpack_from(fence)
-    return revision, writer, expires_s, watermark
+    return revision, writer, expires_s
 
 
 def _watermark(fence: bytes) -> dict[int, int]:
@@ -150,7 +155,7 @@ def _watermark(fence: bytes) -> dict[int, int]:
 def write_fence(revision: int, writer: int, expires_s: int, watermark: Mapping[int, int]) -> bytes:
     """The bytes of a fence field."""
     return _FENCE_HEADER.pack(revision, writer, expires_s) + b"".join(
-        _WATERMARK.pack(source, watermark[source]) for source in sorted(watermark)
+        [_WATERMARK.pack(source, offset) for source, offset in sorted(watermark.items())]
     )
 
 
@@ -164,8 +169,8 @@ def unpack(
     size = layout.header.itemsize
     blank = _blank(layout).tobytes()
     stored = [blank if state is None else state for state in states]
-    heads = b"".join([state[:size].ljust(size, b"\0") for state in stored])
-    header = np.frombuffer(bytearray(heads), dtype=layout.header)
+    heads = bytearray().join([state[:size].ljust(size, b"\0") for state in stored])
+    header = np.frombuffer(heads, dtype=layout.header)
     lengths = np.fromiter(map(len, stored), np.int64, len(stored))
     _check(header, lengths, layout)
     a = size + header["window_n"].astype(np.int64) * _ENTRY

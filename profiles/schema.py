@@ -84,7 +84,12 @@ WAITING_TTL_S: Final = 30 * 86_400
 def key64(text: str) -> int:
     """First 8 bytes, little-endian, of SHA-256 of the UTF-8 text: the id of items, categories
     and events inside binary fields. Any language can compute it."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return int.from_bytes(key_bytes(text), "little")
+
+
+def key_bytes(text: str) -> bytes:
+    """`key64` as the 8 bytes that binary fields hold."""
+    return hashlib.sha256(text.encode()).digest()[:8]
 
 
 def source_key(topic_id: str, partition: int) -> int:

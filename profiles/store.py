@@ -91,7 +91,8 @@ class ProfileStore:
         """
         rows = list(rows)
         self._writer = (self._writer + 1) % (1 << 64)
-        picked = _take(profiles, rows)
+        every = rows == list(range(len(profiles)))
+        picked = profiles if every else _take(profiles, rows)
         states = arithmetic.pack_states(picked)
         glances = arithmetic.glances(picked, category_names)
         calls: list[tuple[list[str], list[Any]]] = []
@@ -113,7 +114,7 @@ class ProfileStore:
     def _next_fence(self, profiles: Profiles, row: int, now_s: float) -> tuple[bytes, int]:
         """The fence to write, and the expiry to set (0 = leave the one in force)."""
         old = profiles.fences[row]
-        revision, _, expires_s, _ = arithmetic.read_fence(old) if old else (0, 0, 0, {})
+        revision, _, expires_s = arithmetic.read_fence_header(old) if old else (0, 0, 0)
         left_s = expires_s - now_s
         renew = not self._ttl_s * _RENEW_SHARE <= left_s <= self._ttl_s
         if renew:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from profiles.arithmetic import FORGET
-from profiles.schema import EVENT_TYPES, TYPE_CODE, ItemRecord, key64
+from profiles.schema import EVENT_TYPES, TYPE_CODE, ItemRecord, key_bytes
 
 from . import events as ev
 
@@ -68,9 +68,7 @@ def columns(batch: Sequence[ev.Event], weights: Mapping[str, float], currency: s
         kind = event.type
         code = FORGET if kind == "forget" else TYPE_CODE[kind]
         out.row.append(users.setdefault(event.user_id, len(users)))
-        out.event.append(
-            key64(event.event_id).to_bytes(8, "little") if event.event_id is not None else b""
-        )
+        out.event.append(key_bytes(event.event_id) if event.event_id is not None else b"")
         out.t_ms.append(event.ts)
         out.type.append(code)
         weight, item_id, text, spend, foreign = weights.get(kind, 0.0), "", "", 0.0, False

@@ -369,6 +369,9 @@ class Intake(Service):  # type: ignore[misc]
             consumer.assign(partitions)
         else:
             consumer.incremental_assign(partitions)
+        # librdkafka remembers a pause beyond the loss of a partition: one that was taken away
+        # while paused and comes back would never be read again.
+        consumer.resume(partitions)
         with self._changed:
             self._epoch += 1
             for p in partitions:

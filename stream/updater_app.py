@@ -7,6 +7,7 @@ is left out through the boot strategy: records come from `intake.py`, and so do 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -47,6 +48,9 @@ A = TypeVar("A")
 
 _RETRY_FIRST_S: Final = 0.1
 _RETRY_MOST_S: Final = 5.0
+# A micro-batch makes tens of thousands of objects and drops them. At Python's own pace (700, 10,
+# 10) the collector walks all that torch and Faust have loaded for it: a sixth of the CPU time.
+_GC_THRESHOLDS: Final = (50_000, 10, 10)
 # At the end, for threads to notice that nothing more is expected of them.
 _REST_S: Final = 0.5
 # A worker that has work and finished nothing for this long is stuck: the liveness probe fails.
@@ -259,6 +263,7 @@ class Worker:
 
     def run(self) -> None:
         """Run until a signal; raises what made it stop otherwise."""
+        gc.set_threshold(*_GC_THRESHOLDS)
         server = self._serve_metrics()
         worker = _FaustWorker(
             self.app, loglevel="INFO", logging_config=None, override_logging=False,

@@ -166,7 +166,9 @@ def freshness_ms(
         target=_produce_load, args=(dict(kafka), namespace, others, ready), daemon=True
     )
     producing.start()
-    ready.wait()
+    while not ready.wait(1):
+        if not producing.is_alive():
+            raise SystemExit("the producer of the load ended")
     settling_s = load.seconds / 5
     time.sleep(settling_s)
     try:

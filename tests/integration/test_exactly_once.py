@@ -53,7 +53,7 @@ from tests.integration.worker_process import (
 pytestmark = [pytest.mark.kafka, pytest.mark.redis, pytest.mark.timeout(600)]
 
 SEED = 20261122
-HEAVY, LIGHT = 14, 260  # shoppers: about 3,600 events
+HEAVY, LIGHT = 10, 240  # shoppers, with about 3,000 events
 SESSION_TIMEOUT_S = 6.0
 RULES = oracle.Rules(categories=1_000)  # no bound is reached, so that every category is compared
 

