@@ -49,6 +49,7 @@ _BYTES_PER_TOKEN: Final = 4
 # A broker that just started may not know a topic for a moment.
 _ABSENCES: Final = 5
 _ASK_AGAIN_S: Final = 0.2
+_ANSWER_S: Final = 2.0  # then it is asked again, unless the worker is to stop
 
 _SliceKey = tuple[str, int, int]  # topic, partition, epoch
 
@@ -407,10 +408,15 @@ class Intake(Service):  # type: ignore[misc]
         """The partitions with the offsets to start at. The topics' ids are learned anew: a topic
         may have been made again, and then the offset that is committed is of the old one."""
         ids = self._ask_topic_ids(sorted({p.topic for p in partitions}))
-        committed = self._ask(lambda: consumer.committed(partitions, timeout=10))
+        committed = self._ask(lambda: consumer.committed(partitions, timeout=_ANSWER_S))
         if ids is None or committed is None:
             return partitions  # stopping
         self._topic_ids |= ids
+        # A name stands in where brokers have no ids at all. Where they have, its events would
+        # count again once the id is known.
+        unknown = [topic for topic, topic_id in ids.items() if topic_id is None]
+        if unknown and any(self._topic_ids.values()):
+            raise IntakeFailed(f"the brokers do not know {unknown[0]}, which they assigned")
         for p in committed:
             if p.metadata and p.metadata != self._topic_ids[p.topic]:
                 log.warning("%s[%d] was made again: read from its start", p.topic, p.partition)
@@ -425,7 +431,7 @@ class Intake(Service):  # type: ignore[misc]
         must do. None for all when stopping."""
         ids: dict[str, str | None] | None = {}
         for _ in range(_ABSENCES if topics else 0):
-            ids = self._ask(lambda: topic_ids(self._admin, topics))
+            ids = self._ask(lambda: topic_ids(self._admin, topics, _ANSWER_S))
             if ids is None or None not in ids.values():
                 break
             time.sleep(_ASK_AGAIN_S)
@@ -448,7 +454,7 @@ class Intake(Service):  # type: ignore[misc]
         try:
             for (topic, partition), offset in next_offsets.items():
                 place = kafka.TopicPartition(topic, partition)
-                low, _ = consumer.get_watermark_offsets(place, timeout=10)
+                low, _ = consumer.get_watermark_offsets(place, timeout=_ANSWER_S)
                 if offset < low:
                     metrics.RECORDS_EXPIRED.inc(low - offset)
                     log.error(
