@@ -7,6 +7,7 @@ are tested on `penchant updater` itself.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import random
@@ -31,6 +32,7 @@ from stream import dead_letter, metrics
 from stream.dead_letter import TooManyRejects
 from stream.errors import UserError
 from stream.events import Click, Event, Forget, Item, Purchase, Search, View
+from stream.intake import MicroBatch, Slice
 from stream.local_stack import ApacheKafka, RedisServer
 from stream.processes import free_port
 from stream.producer import EventProducer, partition_for
@@ -334,6 +336,39 @@ def test_events_on_an_unknown_item_count_when_its_text_comes_to_another_worker(
     assert {key64("Clothes > Scarves")} == set(shop.profile("u7").categories)
 
 
+def test_an_item_that_comes_between_look_up_and_registration_is_not_missed(
+    make_shop: MakeShop, redis_url: str
+) -> None:
+    gate = _Gate(SAVES)
+    wire = Between(_port(redis_url), on_request=gate)
+    shop = make_shop(2)
+    through = shop.settings.model_copy(
+        update={"redis": RedisSettings(url=_through(redis_url, wire))}
+    )
+    with LocalWorker(through) as looks, LocalWorker(shop.settings) as stores:
+        eventually("each has a part", lambda: looks.intake.assigned() == stores.intake.assigned())
+        ((_, here),) = [p for p in looks.intake._epochs if p[0].endswith(".events")]
+        user = _placed("u", here, 2)
+        item = _placed("i", 1 - here, 2)
+        gate.shut()
+        shop.send(_view(user, item))
+        assert gate.waited_for.wait(30)  # it has looked for the item, and is about to save
+        shop.send(_item(item, "Wool scarf, red"))
+        place = (shop.settings.topic("items"), 1 - here)
+        eventually("the item is stored", lambda: committed(shop.settings, [place])[place] == 1)
+        gate.open()
+        shop.wait_folded()
+    assert shop.profile(user).pending == 0
+    shop.assert_right()
+    wire.close()
+
+
+def _placed(prefix: str, partition: int, partitions: int) -> str:
+    """An id whose records lie in that partition."""
+    ids = (f"{prefix}{i}" for i in itertools.count())
+    return next(i for i in ids if partition_for(i.encode(), partitions) == partition)
+
+
 def test_a_text_that_a_later_event_brings_along_serves_those_who_waited(
     make_shop: MakeShop,
 ) -> None:
@@ -388,6 +423,38 @@ def test_a_new_text_of_an_item_is_encoded_once_and_serves_every_worker(
             interest = shop.profile(f"{user}{i}").interest(0)
             np.testing.assert_allclose(interest, shop.vector(title), atol=1e-5)
     assert set(shop.profile("new3").categories) == {key64("Clothes > Shawls")}
+
+
+def test_an_item_record_that_is_read_again_does_not_bring_its_old_text_back(
+    make_shop: MakeShop,
+) -> None:
+    shop = make_shop()
+    old, new = _item("i1", "Wool scarf, red"), _item("i1", "Silk shawl, blue")
+    worker, stalled = LocalWorker(shop.settings), LocalWorker(shop.settings)
+
+    def read(by: LocalWorker, topic: str, offset: int, record: Event | Item) -> None:
+        piece = Slice(
+            shop.settings.topic(topic),
+            0,
+            epoch=1,
+            source=7,
+            offsets=[offset],
+            keys=[record.item_id.encode() if isinstance(record, Item) else None],
+            values=[record.to_json()],
+            timestamps_ms=[T_MS],
+            headers=[None],
+        )
+        batch = by.updater.take_apart(MicroBatch((piece,)))
+        by.updater.apply(by.updater.prepare(batch))
+
+    read(worker, "items", 5, old)
+    read(worker, "items", 50, new)
+    read(worker, "items", 5, old)  # after a crash
+    read(stalled, "items", 5, old)  # in hand since before the new one
+    for i, by in enumerate((worker, stalled)):
+        read(by, "events", i, _view(f"u{i}"))
+        interest = shop.profile(f"u{i}").interest(0)
+        np.testing.assert_allclose(interest, shop.vector("Silk shawl, blue"), atol=1e-5)
 
 
 def test_a_deleted_item_is_found_no_more_but_late_events_on_it_still_count(
@@ -476,7 +543,7 @@ def test_forwarding_is_not_turned_off_before_what_was_sent_on_is_folded(
 ) -> None:
     shop = make_shop(2, repartition=True)
     shop.send(*ITEMS)
-    user = next(f"u{i}" for i in range(99) if partition_for(f"u{i}".encode(), 2) == 1)
+    user = _placed("u", 1, 2)
     shop.producer.send_bytes("events-by-user", user.encode(), _view(user).to_json())
     shop.producer.flush()
     off = shop.settings.model_copy(update={"stream": StreamSettings(repartition=False)})
@@ -602,7 +669,8 @@ def test_patience_with_redis_ends_and_nothing_more_is_committed(
     with LocalWorker(shop.settings) as worker:
         shop.wait_folded()
         server.kill()
-        shop.send(_view("ann"), _view("bob"))
+        for i in range(5):  # micro-batches that queue up behind the one that fails
+            shop.send(_view("ann", "i1", T_MS + i), _view(f"u{i}"))
         assert isinstance(worker.wait_failed(), RedisUnavailable)
     assert shop.committed() == 1
     server.restart()

@@ -110,7 +110,7 @@ class LocalWorker:
         self.intake = Intake(settings, topics, self._batches.put, self._fail)
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=asyncio.run, args=(self._run(),), daemon=True)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
     def wait_failed(self) -> BaseException:
         eventually("the worker fails", lambda: self.error)
