@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
 
@@ -122,10 +122,17 @@ class Profiles:
     categories: list[bytes]  # CATEGORY_ENTRY, ordered by category
     pending: list[bytes]  # WINDOW_ENTRY whose item has no vector yet, in arrival order
     watermarks: list[dict[int, int]]  # source key -> next offset
-    fences: list[bytes] = field(default_factory=list)  # as loaded; b"" = none
+    fences: list[bytes]  # as loaded; b"" = none
 
     def __len__(self) -> int:
         return len(self.header)
+
+
+# One user out of `Profiles`: header, window, seen, categories and pending, which make up the
+# state field in this order; then watermark and fence. A plain tuple, because a named one takes
+# four times as long to make.
+Row = tuple[bytes, bytes, bytes, bytes, bytes, dict[int, int], bytes]
+_STATE_PARTS: Final = 5
 
 
 # --- bytes -> profiles ---------------------------------------------------------------------
@@ -154,9 +161,37 @@ def _watermark(fence: bytes) -> dict[int, int]:
 
 def write_fence(revision: int, writer: int, expires_s: int, watermark: Mapping[int, int]) -> bytes:
     """The bytes of a fence field."""
-    return _FENCE_HEADER.pack(revision, writer, expires_s) + b"".join(
-        [_WATERMARK.pack(source, offset) for source, offset in sorted(watermark.items())]
-    )
+    return _FENCE_HEADER.pack(revision, writer, expires_s) + _watermark_bytes(watermark)
+
+
+def next_fences(
+    fences: Sequence[bytes],
+    watermarks: Sequence[Mapping[int, int]],
+    writer: int,
+    now_s: float,
+    ttl_s: int,
+) -> tuple[list[bytes], list[int]]:
+    """The fences to write over n stored ones, and the expiries to set (unix seconds; 0 = leave
+    the one in force)."""
+    raw = bytearray().join([fence[:_FENCE] or bytes(_FENCE) for fence in fences])
+    header = np.frombuffer(raw, dtype=schema.FENCE_HEADER)
+    header["revision"] += 1
+    header["writer"] = writer
+    left_s = header["expires_s"] - now_s
+    renew = (left_s < ttl_s * _RENEW_SHARE) | (left_s > ttl_s)
+    header["expires_s"][renew] = int(now_s) + ttl_s
+    heads = _cut(header.tobytes(), [_FENCE] * len(header))
+    written = [h + _watermark_bytes(w) for h, w in zip(heads, watermarks, strict=True)]
+    return written, np.where(renew, header["expires_s"], 0).tolist()
+
+
+# An expiry is renewed when a tenth of it is over, or when it outlasts a TTL that was made
+# shorter: EXPIREAT on every save costs a sixth.
+_RENEW_SHARE: Final = 0.9
+
+
+def _watermark_bytes(watermark: Mapping[int, int]) -> bytes:
+    return b"".join([_WATERMARK.pack(source, at) for source, at in sorted(watermark.items())])
 
 
 def unpack(
@@ -228,8 +263,9 @@ def _check_version(versions: NDArray[np.uint16]) -> None:
         raise StateCorrupt(f"its state has schema version 0; {_REBUILD}")
 
 
-def pack_states(profiles: Profiles) -> list[bytes]:
-    """The state fields of n users, ready to store."""
+def pack(profiles: Profiles) -> list[Row]:
+    """n users one by one, as they are stored. They share nothing with `profiles` but the
+    watermarks."""
     header = profiles.header
     header["window_n"] = [len(b) // _ENTRY for b in profiles.window]
     header["seen_n"] = [len(b) // 8 for b in profiles.seen]
@@ -237,7 +273,21 @@ def pack_states(profiles: Profiles) -> list[bytes]:
     header["pending_n"] = [len(b) // _ENTRY for b in profiles.pending]
     heads = _cut(header.tobytes(), [header.dtype.itemsize] * len(header))
     tails = (profiles.window, profiles.seen, profiles.categories, profiles.pending)
-    return [b"".join(parts) for parts in zip(heads, *tails, strict=True)]
+    return list(zip(heads, *tails, profiles.watermarks, profiles.fences, strict=True))
+
+
+def states(rows: Sequence[Row]) -> list[bytes]:
+    """The state fields of packed users, ready to store."""
+    return [b"".join(row[:_STATE_PARTS]) for row in rows]
+
+
+def join(rows: Sequence[Row], layout: Layout) -> Profiles:
+    """What `pack` took apart, of one layout; n = 0 for none."""
+    if not rows:
+        return unpack([], [], layout)
+    heads, *parts = zip(*rows, strict=True)
+    header = np.frombuffer(bytearray().join(heads), dtype=layout.header)
+    return Profiles(header, *map(list, parts))
 
 
 def _cut(raw: bytes, lengths: Sequence[int]) -> list[bytes]:

@@ -60,37 +60,37 @@ class Columns:
     inline: dict[str, ItemRecord] = field(default_factory=dict)  # item id -> what events say of it
 
 
-def columns(batch: Sequence[ev.Event], weights: Mapping[str, float], currency: str) -> Columns:
-    """Take m validated events apart, in order."""
-    out = Columns()
-    users = out.users
-    for event in batch:
-        kind = event.type
-        code = FORGET if kind == "forget" else TYPE_CODE[kind]
-        out.row.append(users.setdefault(event.user_id, len(users)))
-        out.event.append(key_bytes(event.event_id) if event.event_id is not None else b"")
-        out.t_ms.append(event.ts)
-        out.type.append(code)
-        weight, item_id, text, spend, foreign = weights.get(kind, 0.0), "", "", 0.0, False
-        if isinstance(event, ev.ItemEvent):
-            item_id = event.item_id
-            if event.title or event.category or event.brand:
-                out.inline[item_id] = _inline(event)
-            if isinstance(event, ev.Review):
-                weight *= (event.rating - _NEUTRAL_RATING) / _RATING_SPAN
-            elif isinstance(event, ev.Purchase):
-                foreign = event.currency not in (None, currency)
-                spend = 0.0 if foreign else (event.price or 0.0) * event.quantity
+def add_columns(
+    out: Columns, batch: Sequence[ev.Event], weights: Mapping[str, float], currency: str
+) -> None:
+    """Take m validated events apart, in order, behind those that are there."""
+    kinds = [event.type for event in batch]
+    weight_of = {kind: weights.get(kind, 0.0) for kind in _CODE}
+    users, first = out.users, len(out.row)
+    out.row += [users.setdefault(event.user_id, len(users)) for event in batch]
+    out.event += [key_bytes(e.event_id) if e.event_id is not None else b"" for e in batch]
+    out.t_ms += [event.ts for event in batch]
+    out.type += [_CODE[kind] for kind in kinds]
+    out.weight += [weight_of[kind] for kind in kinds]
+    out.item_id += [getattr(event, "item_id", "") for event in batch]
+    out.text += [""] * len(batch)
+    out.spend += [0.0] * len(batch)
+    out.foreign += [False] * len(batch)
+    for i, event in enumerate(batch, first):
+        if isinstance(event, ev.Purchase):
+            out.foreign[i] = event.currency not in (None, currency)
+            out.spend[i] = 0.0 if out.foreign[i] else (event.price or 0.0) * event.quantity
+        elif isinstance(event, ev.Review):
+            out.weight[i] *= (event.rating - _NEUTRAL_RATING) / _RATING_SPAN
         elif isinstance(event, ev.Search):
-            text = event.query
+            out.text[i] = event.query if out.weight[i] else ""
         elif isinstance(event, ev.Message):
-            text = event.text
-        out.weight.append(weight)
-        out.item_id.append(item_id)
-        out.text.append(text if weight else "")
-        out.spend.append(spend)
-        out.foreign.append(foreign)
-    return out
+            out.text[i] = event.text if out.weight[i] else ""
+        if isinstance(event, ev.ItemEvent) and (event.title or event.category or event.brand):
+            out.inline[event.item_id] = _inline(event)
+
+
+_CODE: Final = {**TYPE_CODE, "forget": FORGET}
 
 
 def _inline(event: ev.ItemEvent) -> ItemRecord:

@@ -16,9 +16,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 import confluent_kafka as kafka
@@ -72,6 +72,19 @@ class Slice:
     def next_offset(self) -> int:
         """The offset to commit once this slice is saved."""
         return self.offsets[-1] + 1
+
+    def parts(self, records: int) -> Iterator[Slice]:
+        """This slice in pieces of at most so many records."""
+        for i in range(0, len(self.offsets), records):
+            j = i + records
+            yield replace(
+                self,
+                offsets=self.offsets[i:j],
+                keys=self.keys[i:j],
+                values=self.values[i:j],
+                timestamps_ms=self.timestamps_ms[i:j],
+                headers=self.headers[i:j],
+            )
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def build_updater(settings: Settings, engine: Engine, partitions: int) -> Update
         ttl_s=settings.profile.ttl_days * 86_400,
         writer=secrets.randbits(64),
         where=settings.redis.url,
+        cached=settings.stream.cached_profiles,
     )
     return Updater(
         settings,

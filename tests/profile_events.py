@@ -97,7 +97,7 @@ class Shelf:
         )
 
     def save(self, users: Sequence[str], profiles: Profiles) -> None:
-        self.states |= zip(users, arithmetic.pack_states(profiles), strict=True)
+        self.states |= zip(users, arithmetic.states(arithmetic.pack(profiles)), strict=True)
         self.fences |= {
             user_id: arithmetic.write_fence(1, 2, 3, watermark)
             for user_id, watermark in zip(users, profiles.watermarks, strict=True)

@@ -53,9 +53,11 @@ CATEGORY_NAMES = {1: "Garden"}
 OpenStore = Callable[..., ProfileStore]
 
 
-@pytest.fixture
-def open_store(namespace: str) -> Iterator[OpenStore]:
-    """`open_store(url, ttl_s=…)`: a store of this test's namespace, closed at its end."""
+@pytest.fixture(params=[0, 200], ids=["uncached", "cached"])
+def open_store(namespace: str, request: pytest.FixtureRequest) -> Iterator[OpenStore]:
+    """`open_store(url, ttl_s=…)`: a store of this test's namespace, closed at its end. Whatever a
+    store promises, it promises with a cache and without."""
+    cached_by_default: int = request.param
     with ExitStack() as stack:
 
         def open_(
@@ -64,11 +66,18 @@ def open_store(namespace: str) -> Iterator[OpenStore]:
             writer: int = 7,
             layout: Layout = LAYOUT,
             ttl_s: float = TTL_S,
+            cached: int = cached_by_default,
         ) -> ProfileStore:
             connection = Connection(connection) if isinstance(connection, str) else connection
             client = stack.enter_context(closing(connection.open()))
             return ProfileStore(
-                client, Keys(namespace), layout, ttl_s=ttl_s, writer=writer, where=connection.url
+                client,
+                Keys(namespace),
+                layout,
+                ttl_s=ttl_s,
+                writer=writer,
+                where=connection.url,
+                cached=cached,
             )
 
         yield open_
@@ -231,6 +240,49 @@ def test_writers_that_interleave_lose_nothing(
     for thread in threads:
         thread.join()
     assert failures == []
+    assert_as_computed(redis_url, namespace, events)
+
+
+# --- the cache -----------------------------------------------------------------------------
+
+
+def loads(client: redis.Redis) -> int:
+    stats = client.info("commandstats").get("cmdstat_hmget", {})
+    return int(stats.get("calls", 0))
+
+
+def test_who_was_saved_lately_is_not_loaded_again(
+    open_store: OpenStore, redis_client: redis.Redis, redis_url: str, namespace: str
+) -> None:
+    store = open_store(redis_url, cached=10)
+    events = in_topic(item_event(i % 6, user_id=f"u{i % 3}") for i in range(9))
+    fold(store, events[:3])
+    before = loads(redis_client)
+    fold(store, events[3:6])
+    fold(store, events[6:])
+    assert loads(redis_client) == before
+    assert_as_computed(redis_url, namespace, events)
+
+
+def test_a_remembered_profile_that_another_writer_changed_is_loaded_again(
+    open_store: OpenStore, redis_url: str, namespace: str
+) -> None:
+    here, there = (open_store(redis_url, writer=w, cached=10) for w in (1, 2))
+    events = in_topic(item_event(i % 6) for i in range(4))
+    for i, store in enumerate((here, there, there, here)):
+        fold(store, events[: i + 1])
+    assert_as_computed(redis_url, namespace, events)
+
+
+def test_what_was_folded_but_not_saved_is_not_remembered(
+    open_store: OpenStore, redis_url: str, namespace: str
+) -> None:
+    store = open_store(redis_url, cached=10)
+    events = in_topic(item_event(i % 6) for i in range(3))
+    fold(store, events[:1])
+    loaded(store, events[:2])  # and then Redis went away
+    assert store.load(["u"]).header["events"].tolist() == [1]
+    fold(store, events)
     assert_as_computed(redis_url, namespace, events)
 
 
@@ -403,7 +455,7 @@ def test_an_unreadable_profile_is_named(
     for bad, error in [(state[:-1], StateCorrupt), (b"\2" + state[1:], SchemaTooNew)]:
         redis_client.hset(key, "state", bad)
         with pytest.raises(error, match=r"\{bad\}"):
-            store.load(["good", "bad"])
+            open_store(redis_url).load(["good", "bad"])
     with pytest.raises(LayoutMismatch, match=r"\{good\}"):
         other.load(["good"])
 

@@ -1,15 +1,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 
 import pytest
 
 from profiles.arithmetic import FORGET
 from profiles.schema import EVENT_TYPES
 from stream import events as ev
-from stream.contributions import DEFAULT_WEIGHTS, columns, event_weights
+from stream.contributions import DEFAULT_WEIGHTS, Columns, add_columns, event_weights
 
 T_MS = 1_760_000_000_000
+
+
+def columns(
+    events: Sequence[ev.Event], weights: Mapping[str, float], currency: str, parts: int = 1
+) -> Columns:
+    out = Columns()
+    for part in range(parts):
+        begin, end = (len(events) * i // parts for i in (part, part + 1))
+        add_columns(out, events[begin:end], weights, currency)
+    return out
 
 
 def _weights(*events: ev.Event) -> list[float]:
@@ -117,3 +128,20 @@ def test_what_an_event_says_of_its_item_is_kept_and_a_price_alone_says_nothing()
     assert set(made.inline) == {"j"}
     assert made.inline["j"].title == "Scarf"
     assert made.inline["j"].category_name == "Wool > Red"
+
+
+def test_it_does_not_matter_in_how_many_parts_events_are_added() -> None:
+    events: list[ev.Event] = [
+        ev.Purchase(user_id="ann", ts=T_MS, item_id="i", price=2.0, quantity=3, currency="EUR"),
+        ev.Review(user_id="bob", ts=T_MS, item_id="j", rating=1, title="Wool scarf"),
+        ev.Search(user_id="ann", ts=T_MS, query="scarf"),
+        ev.Message(user_id="cem", ts=T_MS, text="where is it?", event_id="m1"),
+        ev.View(user_id="bob", ts=T_MS, item_id="i"),
+        ev.Forget(user_id="ann", ts=T_MS),
+    ]
+    whole = columns(events, DEFAULT_WEIGHTS, "USD")
+    for parts in range(2, len(events) + 3):
+        assert columns(events, DEFAULT_WEIGHTS, "USD", parts) == whole
+    assert whole.weight[1] == -1.0
+    assert whole.foreign == [True, False, False, False, False, False]
+    assert whole.inline["j"].title == "Wool scarf"
