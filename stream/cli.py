@@ -142,10 +142,12 @@ def _not_json() -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text as it is, brackets and all, in rich markup."""
+    """Text as it is, brackets and all, in rich markup; control characters in words."""
     from rich.markup import escape
 
-    return escape(text.strip())
+    from .profile_view import printable
+
+    return escape(printable(text.strip()))
 
 
 def load_settings() -> Settings:

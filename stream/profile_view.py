@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +16,12 @@ from profiles.schema import EVENT_TYPES
 _SHOWN_EVENTS = 8
 _SHOWN_ITEMS = 8
 _BAR_CELLS = 20
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Control characters in words (`\\x1b`): a hostile record must not move the cursor."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def render_profile(reader: ProfileReader, profile: Profile) -> RenderableType:
@@ -74,7 +81,7 @@ def _heading(profile: Profile) -> Text:
     spend = f", spent {profile.spend:,.2f}" if profile.spend else ""
     pending = f", {profile.pending} waiting for their item's text" if profile.pending else ""
     return Text.assemble(
-        (profile.user_id, "bold"),
+        (printable(profile.user_id), "bold"),
         f"  {profile.events:,} events, {_day(profile.first_ms)} to {_time(profile.updated_ms)}\n"
         f"{counts}{spend}{pending}\n",
     )
@@ -85,7 +92,7 @@ def _scales(reader: ProfileReader, profile: Profile) -> Table:
     for scale, half_life_s in enumerate(profile.half_lives_s):
         items = _nearest_or_none(reader, profile, 1, scale)
         title = (items[0].title or items[0].item_id) if items else "–"
-        table.add_row(_span(float(half_life_s)), f"{profile.masses[scale]:.2f}", title)
+        table.add_row(_span(float(half_life_s)), f"{profile.masses[scale]:.2f}", _cell(title))
     return table
 
 
@@ -93,7 +100,9 @@ def _categories(reader: ProfileReader, profile: Profile) -> Table:
     table = Table("category", "", "weight", box=None, pad_edge=False)
     top = [(name, mass) for name, mass in reader.top_categories(profile, 6) if mass > 0]
     for name, mass in top:
-        table.add_row(name, "█" * max(1, round(_BAR_CELLS * mass / top[0][1])), f"{mass:.2f}")
+        table.add_row(
+            _cell(name), "█" * max(1, round(_BAR_CELLS * mass / top[0][1])), f"{mass:.2f}"
+        )
     return table
 
 
@@ -103,7 +112,7 @@ def _recent(reader: ProfileReader, profile: Profile) -> Table:
     for entry in profile.window[::-1][:_SHOWN_EVENTS]:
         record = records.get(int(entry["item"]))
         title = (record.title or record.item_id) if record else "–"
-        table.add_row(_time(int(entry["t_ms"])), EVENT_TYPES[entry["type"]], title)
+        table.add_row(_time(int(entry["t_ms"])), EVENT_TYPES[entry["type"]], _cell(title))
     return table
 
 
@@ -111,8 +120,14 @@ def _nearest(reader: ProfileReader, profile: Profile) -> Table:
     table = Table("nearest items", "cosine", "category", box=None, pad_edge=False)
     for item in _nearest_or_none(reader, profile):
         name = item.title or item.item_id
-        table.add_row(name, f"{item.cosine:.3f}", " > ".join(item.category))
+        category = _cell(" > ".join(item.category))
+        table.add_row(_cell(name), f"{item.cosine:.3f}", category)
     return table
+
+
+def _cell(text: str) -> Text:
+    """As `Text`, so that rich reads no markup in it either."""
+    return Text(printable(text))
 
 
 def _nearest_or_none(

@@ -33,6 +33,7 @@ from . import forwarding, metrics
 from .catalogue import Catalogue
 from .contributions import Columns, add_columns
 from .dead_letter import DeadLetters, RejectWindow
+from .errors import UserError
 from .forwarding import Forwarder, origin_of
 from .intake import MicroBatch, Slice
 from .settings import Settings
@@ -259,7 +260,7 @@ class Updater:
             metrics.SAVES_REFUSED.inc(len(refused))
             self._wait_for_items(ids, profiles)
             left = [left[row] for row in refused]
-        raise RuntimeError(
+        raise UserError(
             f"another writer kept overtaking this one on {len(left)} users, such as "
             f"{users[left[0]]!r}: does a second updater write this NAMESPACE from other topics?"
         )
