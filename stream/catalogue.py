@@ -92,6 +92,8 @@ class Catalogue:
         found &= np.fromiter((h is not None for h in held), np.bool_, len(keys))
         categories = np.fromiter((h.category if h else 0 for h in held), np.uint64, len(keys))
         missing = np.flatnonzero(~found).tolist()
+        metrics.ITEM_HITS.inc(len(keys) - len(missing))
+        metrics.ITEM_MISSES.inc(len(missing))
         vectors[missing] = 0.0
         new = dict.fromkeys(keys[i] for i in missing)
         new |= dict.fromkeys(key for key in inline if key not in self._held)
@@ -99,8 +101,6 @@ class Catalogue:
         for i in missing:
             if (got := fetched.get(keys[i])) is not None:
                 (vectors[i], categories[i]), found[i] = got, True
-        metrics.ITEM_HITS.set(self._engine.table.hits)
-        metrics.ITEM_MISSES.set(self._engine.table.misses)
         # Not only those fetched now: a batch that failed after its texts were stored finds them
         # known the second time, and those who wait for them have not been served.
         with_text = list(fetched.keys() | {key for key in inline if key in self._held})

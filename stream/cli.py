@@ -29,7 +29,7 @@ from .errors import UserError
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from profiles import Connection, Profile, ProfileReader
+    from profiles import Profile, ProfileReader
 
     from .local_stack import Stack
 
@@ -142,12 +142,13 @@ def _not_json() -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text as it is, brackets and all, in rich markup; control characters in words."""
+    """Text as it is, brackets and all, in rich markup and on one line; control characters in
+    words."""
     from rich.markup import escape
 
     from .profile_view import printable
 
-    return escape(printable(text.strip()))
+    return escape(printable(" ".join(text.splitlines()).strip()))
 
 
 def load_settings() -> Settings:
@@ -303,7 +304,7 @@ def updater() -> None:
     """Run a worker: events and items in, profiles out. SIGTERM or Ctrl-C drains and leaves."""
     logging.getLogger().setLevel(logging.INFO)
     settings = load_settings()
-    _redis(settings)
+    settings.redis.connection()
 
     from model.errors import ReleaseMissing
 
@@ -449,7 +450,7 @@ def _has_profiles(settings: Settings) -> bool:
     from profiles import ProfileReader
     from profiles.errors import RedisUnavailable
 
-    connection = replace(_redis(settings), timeout_s=1.0)  # it is for a note, no more
+    connection = replace(settings.redis.connection(), timeout_s=1.0)  # it is for a note, no more
     try:
         with ProfileReader(connection, settings.namespace) as reader:
             return next(reader.user_ids(), None) is not None
@@ -501,27 +502,8 @@ def _reader() -> Iterator[ProfileReader]:
     from profiles import ProfileReader
 
     settings = load_settings()
-    with ProfileReader(_redis(settings), settings.namespace) as reader:
+    with ProfileReader(settings.redis.connection(), settings.namespace) as reader:
         yield reader
-
-
-def _redis(settings: Settings) -> Connection:
-    """The connection that the settings describe, tried as far as goes without a server."""
-    from .connections import redis_connection
-
-    connection = redis_connection(settings)
-    try:
-        connection.open().close()
-    except ValueError as error:
-        # A URL that cannot be read may show parts of its password in redis-py's message.
-        is_ours = str(error).startswith("REDIS_TLS_CA")
-        raise UserError(
-            str(error)
-            if is_ours
-            else "REDIS_URL is no Redis URL: write it as redis://HOST:6379/0 (rediss:// for TLS), "
-            "and the password in REDIS_PASSWORD"
-        ) from error
-    return connection
 
 
 # --- dead letters and schemas --------------------------------------------------------------

@@ -25,7 +25,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from profiles import ProfileReader
 
 from .base_release import build_live, texts_of
-from .connections import redis_connection
 from .datasets import Dataset, load
 from .demo_signals import Signals
 from .demo_watch import Crowd, Sample, answer, parse_sample
@@ -171,7 +170,7 @@ def start(
     crowd = Crowd()
     feed = Feed(dataset, own, plan, crowd)
     running.callback(feed.end)
-    reader = running.enter_context(ProfileReader(redis_connection(own), own.namespace))
+    reader = running.enter_context(ProfileReader(own.redis.connection(), own.namespace))
     parts = Parts(dataset, (*servers, worker), url, reader, crowd, feed)
     return parts, _send_catalogue(parts, steps, signals)
 

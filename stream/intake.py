@@ -46,9 +46,12 @@ _WAIT_BEFORE_PAUSE_S: Final = 1.0
 # A micro-batch is gathered in steps, so that its text budget is checked on the way.
 _STEP_RECORDS: Final = 1024
 _BYTES_PER_TOKEN: Final = 4
+_TEXTLESS_BYTES: Final = 256
 # A broker that just started may not know a topic for a moment.
 _ABSENCES: Final = 5
 _ASK_AGAIN_S: Final = 0.2
+_STUCK_S: Final = 120.0  # without a sign of life, before the liveness probe fails
+_UNEMPLOYED_S: Final = 30.0  # without a partition, before it is told
 _ANSWER_S: Final = 2.0  # then it is asked again, unless the worker is to stop
 
 _SliceKey = tuple[str, int, int]  # topic, partition, epoch
@@ -133,8 +136,11 @@ class Intake(Service):  # type: ignore[misc]
         self._topic_ids: dict[str, str | None] = {}
         self._next_offset: dict[TopicPartition, int] = {}  # of assigned partitions, once read from
         self._jumped_from: dict[TopicPartition, int] = {}  # offsets where some were missing
+        self._held_s = time.monotonic()  # when a partition was last held; 0 once that was told
         self._thread: threading.Thread | None = None
         self.last_progress_s = time.monotonic()
+        self.last_turn_s = self.last_progress_s
+        """When the consumer thread last showed that it lives."""
 
     # --- the event loop's side
 
@@ -188,10 +194,15 @@ class Intake(Service):  # type: ignore[misc]
         with self._changed:
             return len(self._epochs)
 
-    def idle(self) -> bool:
-        """Nothing is on its way through the updater."""
+    def stuck(self, now_s: float) -> str:
+        """In words what hangs, or "" if nothing does. now_s: monotonic."""
+        silent_s, unfinished_s = now_s - self.last_turn_s, now_s - self.last_progress_s
+        if silent_s > _STUCK_S:
+            return f"the consumer did nothing for {silent_s:.0f} s"
         with self._changed:
-            return self._waiting_batches == 0
+            if self._waiting_batches and unfinished_s > _STUCK_S:
+                return f"no micro-batch finished for {unfinished_s:.0f} s"
+        return ""
 
     # --- the consumer thread
 
@@ -219,6 +230,7 @@ class Intake(Service):  # type: ignore[misc]
                 if now_s >= next_look_s:
                     next_look_s = now_s + _LOOK_EVERY_S
                     self._measure_lag(consumer)
+                    self._report_idleness(now_s)
                     self._report_expired(consumer, self._jumped_from)
                     self._jumped_from.clear()
             self._finish_in_hand(None)
@@ -241,15 +253,14 @@ class Intake(Service):  # type: ignore[misc]
         deadline_s = time.monotonic() + stream.batch_deadline_ms / 1000
         slices: dict[_SliceKey, Slice] = {}
         records, budget_bytes = 0, stream.batch_tokens * _BYTES_PER_TOKEN
-        # An event without text costs few tokens but about 200 bytes of JSON: the text budget
-        # is on top of what the records would weigh anyway.
-        budget_bytes += stream.batch_records * 256
+        self.last_turn_s = time.monotonic()
         while True:
             left_s = deadline_s - time.monotonic()
             wanted = min(_STEP_RECORDS, stream.batch_records - records)
             messages = consumer.consume(wanted, max(left_s, 0.0))
             for message in messages:
-                budget_bytes -= self._add(slices, message)
+                # Text is what a record weighs beyond an event without any.
+                budget_bytes -= max(0, self._add(slices, message) - _TEXTLESS_BYTES)
             records += len(messages)
             if records >= stream.batch_records or budget_bytes <= 0 or left_s <= 0:
                 break
@@ -453,9 +464,12 @@ class Intake(Service):  # type: ignore[misc]
     def _ask(self, question: Callable[[], T]) -> T | None:
         """What the brokers answer, however long that takes them. None when stopping."""
         while not (self._stopping or self._aborted):
+            self.last_turn_s = time.monotonic()
             try:
                 return question()
             except kafka.KafkaException as error:
+                if error.args[0].code() in _ADVICE:
+                    _check(error.args[0])
                 log.warning("waiting for the brokers: %s", error.args[0].str())
                 time.sleep(_ASK_AGAIN_S)
         return None
@@ -477,6 +491,19 @@ class Intake(Service):  # type: ignore[misc]
                     )  # fmt: skip
         except kafka.KafkaException as error:
             log.warning("could not compare offsets with the topics' start: %s", error)
+
+    def _report_idleness(self, now_s: float) -> None:
+        """Say once when this worker has had no partition for long."""
+        if self._epochs:
+            self._held_s = now_s
+        elif self._held_s and now_s - self._held_s > _UNEMPLOYED_S:
+            self._held_s = 0.0
+            log.warning(
+                "no partition was assigned for %.0f s: run no more workers than topics have "
+                "partitions; if there are fewer, look at the group %s with kafka-consumer-groups, "
+                "and restart its workers",
+                _UNEMPLOYED_S, self._settings.topic("updater"),
+            )  # fmt: skip
 
     def _measure_lag(self, consumer: kafka.Consumer) -> None:
         lag = 0

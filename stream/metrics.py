@@ -81,10 +81,10 @@ LAG: Final = Gauge(
     "penchant_lag_records", "Records behind the end of the assigned partitions", registry=REGISTRY
 )
 PARTITIONS: Final = Gauge("penchant_partitions_assigned", "Partitions", registry=REGISTRY)
-ITEM_HITS: Final = Gauge(
+ITEM_HITS: Final = Counter(
     "penchant_item_cache_hits", "Item vectors found in memory", registry=REGISTRY
 )
-ITEM_MISSES: Final = Gauge(
+ITEM_MISSES: Final = Counter(
     "penchant_item_cache_misses", "Item vectors not found in memory", registry=REGISTRY
 )
 

@@ -12,6 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from profiles import Connection
+
+from .errors import UserError
+
 
 class _Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -62,6 +66,22 @@ class RedisSettings(_Group):
     tls_ca: str = ""
     patience_s: Annotated[float, Field(ge=0)] = 60.0
     """How long a worker waits for a Redis that went away before it stops, uncommitted."""
+
+    def connection(self) -> Connection:
+        """What is described here, tried as far as goes without a server. Raises UserError."""
+        password = self.password.get_secret_value()
+        connection = Connection(self.url, self.username, password, self.tls_ca)
+        try:
+            connection.open().close()
+        except ValueError as error:
+            # A URL that cannot be read may show parts of its password in redis-py's message.
+            raise UserError(
+                str(error)
+                if str(error).startswith("REDIS_TLS_CA")
+                else "REDIS_URL is no Redis URL: write it as redis://HOST:6379/0 (rediss:// for "
+                "TLS), and the password in REDIS_PASSWORD"
+            ) from error
+        return connection
 
 
 class StreamSettings(_Group):

@@ -117,6 +117,17 @@ def topic_ids(
     return {name: _topic_id(future) for name, future in futures.items()}
 
 
+def keeps_arrival_times(admin: AdminClient, topic: str, timeout_s: float = 10.0) -> bool:
+    """Whether records carry the broker's time; True where the broker does not say."""
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    try:
+        (future,) = admin.describe_configs([resource], request_timeout=timeout_s).values()
+        entry = future.result().get("message.timestamp.type")
+    except KafkaException:
+        return True
+    return entry is None or entry.value != "CreateTime"
+
+
 def admin_client(config: Mapping[str, Any]) -> AdminClient:
     """An admin client that writes nothing to the terminal."""
     return AdminClient(dict(config), logger=_client_log)

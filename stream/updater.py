@@ -70,6 +70,10 @@ class Prepared:
     oldest_ms: int
 
 
+# The rows to save, and what to do once it is known which of them were refused.
+_Change = tuple[Iterable[int], Callable[[Sequence[int]], None]]
+
+
 class Updater:
     """Owns everything between a micro-batch and its profiles."""
 
@@ -243,21 +247,23 @@ class Updater:
             metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
 
     def _rounds(
-        self, users: Sequence[str], change: Callable[[Profiles, Sequence[int]], Iterable[int]]
+        self, users: Sequence[str], change: Callable[[Profiles, Sequence[int]], _Change]
     ) -> None:
         """Load, change, save; those whose save was refused, again. `change` gets the profiles
-        of some users and their positions among all, and returns the rows to save."""
+        of some users and their positions among all."""
         left = list(range(len(users)))
         for _ in range(_SAVE_ROUNDS):
             if not left:
                 return
             ids = [users[i] for i in left]
             profiles = self._profiles.load(ids)
-            rows = sorted(set(change(profiles, left)) | self._resolve_pending(profiles))
+            touched, report = change(profiles, left)
+            rows = sorted(set(touched) | self._resolve_pending(profiles))
             names = self._catalogue.names_of(_categories(profiles, rows))
             refused = self._profiles.save(ids, profiles, rows, names, self._clock())
             metrics.SAVES.inc(len(rows) - len(refused))
             metrics.SAVES_REFUSED.inc(len(refused))
+            report(refused)
             self._wait_for_items(ids, profiles)
             left = [left[row] for row in refused]
         raise UserError(
@@ -265,18 +271,22 @@ class Updater:
             f"{users[left[0]]!r}: does a second updater write this NAMESPACE from other topics?"
         )
 
-    def _fold(self, profiles: Profiles, events: EventColumns, rows: Sequence[int]) -> Iterable[int]:
+    def _fold(self, profiles: Profiles, events: EventColumns, rows: Sequence[int]) -> _Change:
         if len(rows) != int(events.row.max(initial=-1)) + 1:
             events = _of_users(events, rows)
         folded = arithmetic.fold(profiles, events, self._layout, self._space)
-        self._report(profiles, folded)
-        return folded.touched
+        self._warn_of_split(profiles, folded)
+        return folded.touched, lambda refused: self._report(events, folded, refused)
 
-    def _report(self, profiles: Profiles, folded: Folded) -> None:
-        metrics.EVENTS_APPLIED.inc(len(folded.applied))
+    def _report(self, events: EventColumns, folded: Folded, refused: Sequence[int]) -> None:
+        """What was not saved is folded again, and counts then."""
+        saved = ~np.isin(events.row[folded.applied], refused)
+        metrics.EVENTS_APPLIED.inc(int(saved.sum()))
         metrics.EVENTS_REPLAYED.inc(folded.replayed)
         metrics.EVENTS_REPEATED.inc(folded.repeated)
         metrics.USERS_FORGOTTEN.inc(folded.forgotten)
+
+    def _warn_of_split(self, profiles: Profiles, folded: Folded) -> None:
         split = sum(_gained_partition(profiles, row) for row in folded.touched)
         if split:
             metrics.USERS_SPLIT.inc(split)
@@ -291,7 +301,7 @@ class Updater:
 
     def _resolve(self, users: list[str]) -> None:
         """Fold what these users' pending events can now contribute."""
-        self._rounds(users, lambda profiles, rows: ())
+        self._rounds(users, lambda profiles, rows: ((), lambda refused: None))
 
     def _resolve_pending(self, profiles: Profiles) -> set[int]:
         waiting = arithmetic.pending_items(profiles)
@@ -318,7 +328,9 @@ class Updater:
 
 
 def _gained_partition(profiles: Profiles, row: int) -> bool:
-    """Whether this fold brought a user events of a further partition than the ones before."""
+    """Whether this fold brought a user events of a further partition than the ones before. True
+    once more after a topic was made again: whose partitions the earlier ones are is not known
+    here, and a worker that still holds records of the former topic must find its watermarks."""
     sources = len(profiles.watermarks[row])
     if sources < 2:
         return False

@@ -31,14 +31,13 @@ from profiles.schema import Keys
 from profiles.store import ProfileStore
 
 from . import forwarding, metrics
-from .connections import redis_connection
 from .contributions import event_weights
 from .dead_letter import DeadLetters
 from .errors import UserError
 from .forwarding import Forwarder
 from .intake import Intake, MicroBatch
 from .settings import Settings
-from .topics import connect
+from .topics import connect, keeps_arrival_times
 from .updater import Prepared, Updater
 
 log = logging.getLogger(__name__)
@@ -53,8 +52,6 @@ _RETRY_MOST_S: Final = 5.0
 _GC_THRESHOLDS: Final = (50_000, 10, 10)
 # At the end, for threads to notice that nothing more is expected of them.
 _REST_S: Final = 0.5
-# A worker that has work and finished nothing for this long is stuck: the liveness probe fails.
-_STUCK_S: Final = 120.0
 
 
 def worker_topics(settings: Settings, existing: Container[str]) -> list[str]:
@@ -82,7 +79,7 @@ def profile_layout(settings: Settings, dimensions: int) -> Layout:
 
 def build_updater(settings: Settings, engine: Engine, partitions: int) -> Updater:
     """An updater on real stores. `partitions`: of the events topic."""
-    client = redis_connection(settings).open()
+    client = settings.redis.connection().open()
     keys = Keys(settings.namespace)
     try:
         layout = profile_layout(settings, engine.dimensions)
@@ -288,11 +285,9 @@ class Worker:
             os._exit(0)
 
     def live(self) -> tuple[bool, str]:
-        """Whether the worker makes progress, or has nothing to do."""
-        stuck_s = time.monotonic() - self.intake.last_progress_s
-        if not self.intake.idle() and stuck_s > _STUCK_S:
-            return False, f"no micro-batch finished for {stuck_s:.0f} s"
-        return True, "ok"
+        """Whether the consumer turns, and what it hands out is finished."""
+        stuck = self.intake.stuck(time.monotonic())
+        return not stuck, stuck or "ok"
 
     def ready(self) -> tuple[bool, str]:
         """Whether the worker holds partitions and has not failed."""
@@ -337,11 +332,17 @@ class _FaustWorker(faust.Worker):  # type: ignore[misc]
 def find_topics(settings: Settings) -> tuple[list[str], int]:
     """The topics to read, and the number of partitions of the events topic. Raises UserError if
     the brokers cannot be reached or a topic is missing."""
-    _, metadata = connect(settings.kafka)
+    admin, metadata = connect(settings.kafka)
     topics = worker_topics(settings, metadata.topics)
     missing = [name for name in topics if name not in metadata.topics]
     if missing:
         raise UserError(f"no topic {', '.join(missing)}: run `penchant topics create`")
+    if not keeps_arrival_times(admin, settings.topic("events")):
+        log.warning(
+            "%s keeps the time that producers give: events of a wrong clock are not told from "
+            "others. Set its message.timestamp.type=LogAppendTime (kafka-configs --alter)",
+            settings.topic("events"),
+        )
     forwarded = metadata.topics.get(settings.topic(forwarding.TOPIC))
     if forwarded is not None and not settings.stream.repartition:
         _refuse_undrained(settings, len(forwarded.partitions))

@@ -17,7 +17,6 @@ from profiles.arithmetic import Layout
 from profiles.schema import Keys
 from profiles.store import ProfileStore
 from stream import events as ev
-from stream.connections import redis_connection
 from stream.intake import consumer_config
 from stream.settings import Settings
 
@@ -72,7 +71,7 @@ def _consume(settings: Settings, events: int, work: Callable[[Any], None]) -> fl
 
 def _profiles(settings: Settings, users: Sequence[str]) -> tuple[float, float, float]:
     """Loads per second, saves per second, mean bytes of the state field."""
-    client = redis_connection(settings).open()
+    client = settings.redis.connection().open()
     keys = Keys(settings.namespace)
     store = ProfileStore(
         client,

@@ -387,7 +387,7 @@ def test_a_slow_updater_holds_the_stream_back_and_nothing_is_lost_or_read_twice(
         held_since = time.monotonic()
         eventually("a while has passed", lambda: time.monotonic() - held_since > 2)
         assert len(reader.waiting) == 1
-        assert not reader.intake.idle()
+        assert reader.intake.last_turn_s > held_since  # paused, it still shows that it lives
         while reader.records() < 200:
             reader.done(reader.take())
         offsets: dict[int, list[int]] = {}
@@ -445,6 +445,54 @@ def test_a_stream_that_was_silent_does_not_look_stuck_when_it_goes_on(
         topic.send(1)
         eventually("a batch waits", lambda: reader.waiting)
         assert time.monotonic() - reader.intake.last_progress_s < 60
+
+
+def test_an_idle_consumer_shows_that_it_lives_and_one_that_hangs_does_not(
+    make_topic: MakeTopic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = make_topic()
+    with topic.read() as reader:
+        topic.send(1)
+        topic.wait_committed(1)
+        reader.intake.last_turn_s = 0.0
+        eventually("it turned", lambda: reader.intake.last_turn_s)
+        assert reader.intake.stuck(time.monotonic()) == ""
+        with monkeypatch.context() as patch:
+            patch.setattr(reader.intake, "_commit", lambda *_, **__: time.sleep(2))
+            time.sleep(0.5)
+            last = reader.intake.last_turn_s
+            assert "did nothing for 130 s" in reader.intake.stuck(last + 130)
+        eventually("it turns again", lambda: reader.intake.last_turn_s > last)
+
+
+def test_an_updater_that_finishes_nothing_is_stuck_and_one_without_work_is_not(
+    make_topic: MakeTopic,
+) -> None:
+    topic = make_topic()
+    with topic.read(at_once=False) as reader:
+        topic.send(1)
+        batch = reader.take()
+        reader.intake.last_turn_s += 1000
+        later_s = reader.intake.last_progress_s + 130
+        assert reader.intake.stuck(later_s) == "no micro-batch finished for 130 s"
+        reader.done(batch)
+        assert reader.intake.stuck(later_s) == ""
+
+
+def test_a_worker_without_partitions_says_so_once(
+    make_topic: MakeTopic, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("stream.intake._UNEMPLOYED_S", 2.0)
+    monkeypatch.setattr("stream.intake._LOOK_EVERY_S", 0.2)
+    topic = make_topic()
+    with topic.read() as one:
+        eventually("it has the partition", one.intake.assigned)
+        with topic.read() as two:
+            eventually("it is told", lambda: "no partition was assigned" in caplog.text)
+            time.sleep(3)
+            idle = two if one.intake.assigned() else one
+            assert idle.intake.assigned() == 0
+    assert caplog.text.count("no partition was assigned") == 1
 
 
 # --- what goes wrong in the topic ----------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
+from confluent_kafka.admin import NewTopic
 
 from stream.errors import UserError
 from stream.local_stack import ApacheKafka, Tansu
@@ -16,6 +17,7 @@ from stream.topics import (
     admin_client,
     connect,
     create_topics,
+    keeps_arrival_times,
     planned_topics,
     topic_ids,
 )
@@ -90,6 +92,18 @@ def test_an_existing_topic_is_reported_on_and_not_changed(bootstrap: str, namesp
             "partitions is 3, the settings say 6",
             "retention.ms is 604800000, the settings say 86400000",
         )
+
+
+def test_a_topic_that_keeps_the_producers_times_is_told_from_one_that_does_not(
+    bootstrap: str, namespace: str
+) -> None:
+    settings = _settings(bootstrap, namespace)
+    create_topics(settings)
+    admin, _ = connect(settings.kafka)
+    theirs = NewTopic(f"{namespace}.theirs", 1, config={"message.timestamp.type": "CreateTime"})
+    admin.create_topics([theirs])[theirs.topic].result(30)
+    assert keeps_arrival_times(admin, settings.topic("events"))
+    assert not keeps_arrival_times(admin, theirs.topic)
 
 
 def test_repartitioning_adds_a_topic_with_the_events_partitions(

@@ -506,6 +506,7 @@ def test_users_on_two_partitions_have_right_profiles(
     shop.send(*ITEMS)
     users = [f"u{i}" for i in range(12)]
     split, sent_on = _total(metrics.USERS_SPLIT), _total(metrics.EVENTS_FORWARDED)
+    applied = _total(metrics.EVENTS_APPLIED)
     with (
         caplog.at_level(logging.WARNING, "stream.updater"),
         LocalWorker(shop.settings) as first,
@@ -535,6 +536,9 @@ def test_users_on_two_partitions_have_right_profiles(
         assert told == []
     else:
         assert _total(metrics.USERS_SPLIT) - split >= len(on_two)
+        # A save that was refused is folded anew, and its events count then.
+        in_all = sum(profile.events for profile in stored.values())
+        assert _total(metrics.EVENTS_APPLIED) - applied == in_all
         assert 1 <= len(told) <= 2  # once per worker
 
 
