@@ -91,7 +91,7 @@ def fails(ran: Ran, fix: str) -> None:
         ("topics create", {"PROFILE_WEIGHTS": "x"}, 'PROFILE_WEIGHTS is not JSON: write it as {"'),
         ("status", {"PROFILE_HALF_LIVES_S": "1,2"}, "PROFILE_HALF_LIVES_S is not JSON: write"),
         ("profile show u1", {"REDIS_URL": "foo"}, "write it as redis://HOST:6379/0"),
-        ("up --redis foo", {}, "write it as redis://HOST:6379/0"),
+        ("up --redis foo", {}, "foo is no Redis URL"),
         ("updater", {"REDIS_URL": "foo"}, "write it as redis://HOST:6379/0"),
         ("profile show u1", {"REDIS_TLS_CA": "ca.pem"}, "let REDIS_URL begin with rediss://"),
         ("profile show u1", {"REDIS_URL": f"redis://{NOBODY}"}, "start it, or set REDIS_URL"),
