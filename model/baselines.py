@@ -229,16 +229,14 @@ def total(parts: Sequence[Floats]) -> Floats:
     return np.asarray(np.sum(parts, axis=0), dtype=np.float32)
 
 
-def neighbours_and_text(
-    n_items: int, vectors: Floats, n_users: int, neighbours: float, text: float
-) -> Blend:
-    """Item-kNN and decayed text: neighbours * log(1 + s / .02) + text * 10 * cosine."""
+def neighbours_and_text(text: float) -> Callable[[Sequence[Floats]], Floats]:
+    """The rule log(1 + s / .02) + text * 10 * cosine, for neighbours' s and a text's cosine."""
 
     def combine(parts: Sequence[Floats]) -> Floats:
         near, alike = parts
-        return np.asarray(neighbours * np.log1p(near / 0.02) + 10 * text * alike, np.float32)
+        return np.asarray(np.log1p(near / 0.02) + 10 * text * alike, dtype=np.float32)
 
-    return Blend((ItemNeighbours(n_items), TextSteps(vectors, n_users, decay=0.7)), combine)
+    return combine
 
 
 def baskets(events: Events) -> Iterator[tuple[int, int, Int32s]]:

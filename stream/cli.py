@@ -576,6 +576,48 @@ def demo(
     run_demo(Settings(), seconds=seconds, speed=speed, console=console)
 
 
+# --- evaluation ----------------------------------------------------------------------------
+
+
+@app.command("eval")
+def evaluate(
+    dataset: Annotated[str, typer.Argument(help="movielens, online-retail, rees46 or amazon.")],
+    path: Annotated[
+        list[Path] | None, typer.Option(help="File of the data set; movielens needs none.")
+    ] = None,
+    text: Annotated[bool, typer.Option(help="With the baselines that need the encoder.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """How well baselines foresee what shoppers of a recorded set do next, with intervals."""
+    from .datasets import load
+    from .evaluation import by_last_item, counters, in_event_time, untrained_text, with_text
+    from .evaluation_data import item_vectors, recorded
+    from .evaluation_view import as_json as for_programs
+    from .evaluation_view import plain, render
+
+    settings = Settings()
+    has_order_only = dataset == "amazon"  # its times are made up
+    name = path[0].stem.removesuffix("_events") if path and has_order_only else dataset
+    data = recorded(load(dataset, path), name)
+    makers = counters(data)
+    if text:
+        with _progress("encoding the catalogue") as report:
+            vectors = item_vectors(data.texts, settings.model, settings.stream.data_dir, report)
+        makers |= untrained_text(data, vectors)
+        if has_order_only:
+            with _progress("choosing weights") as report:
+                makers |= dict([with_text(data, vectors, report)])
+    with _progress("ranking") as report:
+        run = by_last_item if has_order_only else in_event_time
+        found = run(data, makers, progress=report)
+    if as_json:
+        print(json.dumps(for_programs(found), ensure_ascii=False))
+    elif console.is_terminal:
+        console.print(render(found))
+    else:
+        print(plain(found))
+
+
 # --- small helpers -------------------------------------------------------------------------
 
 

@@ -46,7 +46,7 @@ class Recorded:
         return EVENT_TYPES
 
 
-def recorded(data: Dataset) -> Recorded:
+def recorded(data: Dataset, name: str = "") -> Recorded:
     """All events of a set, in event-time order, with the default weights.
 
     The catalogue is the set's items, and after them the items that only events name.
@@ -65,7 +65,7 @@ def recorded(data: Dataset) -> Recorded:
         np.asarray(taken.weight, dtype=np.float32),
     )
     return Recorded(
-        name=data.name,
+        name=name or data.name,
         events=events.take(kind != FORGET),
         user_ids=list(taken.users),
         item_ids=list(row_of),
