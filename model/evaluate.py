@@ -39,37 +39,53 @@ _BINS: Final = 15
 # --- rankings ------------------------------------------------------------------------------
 
 
-def ranks(scores: Floats, row: Ints, item: NDArray[Any]) -> Int32s:
-    """The place of `item[i]` in ranking `row[i]`, 1 for the highest score, ties at their worst.
+@dataclass(frozen=True)
+class Ranking:
+    """n rankings of the catalogue by score.
 
-    scores: (n, n_items), -inf for what must not be shown; row, item: (m,). Returns (m,).
-    Raises ValueError for scores that are not numbers, which would otherwise rank first or last
-    by accident.
+    scores: (n, n_items), -inf for what must not be shown. Raises ValueError for scores that are
+    not numbers, which would otherwise rank first or last by accident.
     """
-    n_items = scores.shape[1]
-    ordered = np.sort(scores, axis=1)  # ascending, NaN last
-    if np.isnan(ordered[:, -1]).any():
-        raise ValueError("a score is not a number")
-    wanted = scores[row, item]  # (m,)
-    out = np.empty(len(row), dtype=np.int32)
-    by_row = np.argsort(row, kind="stable")
-    bounds = np.searchsorted(row[by_row], np.arange(len(scores) + 1))
-    for r, (first, last) in enumerate(pairwise(bounds.tolist())):
-        mine = by_row[first:last]
-        out[mine] = n_items - np.searchsorted(ordered[r], wanted[mine], side="left")
-    return out
+
+    scores: Floats  # (n, n_items)
+    _ordered: Floats = field(init=False, repr=False)  # (n, n_items) ascending, NaN last
+
+    def __post_init__(self) -> None:
+        ordered = np.sort(self.scores, axis=1)
+        if np.isnan(ordered[:, -1:]).any():
+            raise ValueError("a score is not a number")
+        object.__setattr__(self, "_ordered", ordered)
+
+    def ranks(self, row: Ints, item: NDArray[Any]) -> Int32s:
+        """The place of `item[i]` in ranking `row[i]`, both (m,): 1 for the highest score, ties at
+        their worst. Returns (m,)."""
+        n_items = self.scores.shape[1]
+        wanted = self.scores[row, item]  # (m,)
+        out = np.empty(len(row), dtype=np.int32)
+        by_row = np.argsort(row, kind="stable")
+        bounds = np.searchsorted(row[by_row], np.arange(len(self.scores) + 1))
+        for ordered, (first, last) in zip(self._ordered, pairwise(bounds.tolist()), strict=True):
+            mine = by_row[first:last]
+            out[mine] = n_items - np.searchsorted(ordered, wanted[mine], side="left")
+        return out
+
+    def shown(self, count: int) -> Bools:
+        """(n_items,) the items of rank `count` or better in any of the rankings."""
+        if count >= self.scores.shape[1]:
+            return np.ones(self.scores.shape[1], dtype=bool)
+        limit = self._ordered[:, -count - 1, None]
+        return np.asarray((self.scores > limit).any(axis=0))
+
+
+def ranks(scores: Floats, row: Ints, item: NDArray[Any]) -> Int32s:
+    """`Ranking(scores).ranks(row, item)`."""
+    return Ranking(scores).ranks(row, item)
 
 
 def at_or_above(scores: Floats, limits: Floats) -> Int32s:
     """How many of `scores` (n,) reach each of `limits` (m,). Returns (m,)."""
     below = np.searchsorted(np.sort(scores), limits, side="left")
     return (len(scores) - below).astype(np.int32)
-
-
-def top(scores: Floats, count: int) -> Ints:
-    """(n, count) items of the highest scores of each row, in no order; ties as they fall."""
-    count = min(count, scores.shape[1])
-    return np.argpartition(scores, scores.shape[1] - count, axis=1)[:, -count:]
 
 
 def metric(name: str, rank: NDArray[Any]) -> Doubles:

@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .evaluate import Bools, Floats, Int32s, Ints, at_or_above, ranks, top
+from .evaluate import Bools, Floats, Int32s, Ints, Ranking, at_or_above
 
 NO_ITEM: Final = -1
 SHOWN: Final = 20  # items of a ranking that count as shown, for coverage
@@ -213,9 +213,10 @@ class _Log:
         self, name: str, scores: Floats, row: Ints, item: Int32s, repeat: Bools, known: list[Ints]
     ) -> None:
         try:
-            place = ranks(scores, row, item)
+            ranking = Ranking(scores)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        place = ranking.ranks(row, item)
         among_new = np.zeros_like(place)
         for r, items in enumerate(known):
             mine = np.flatnonzero((row == r) & ~repeat)
@@ -223,7 +224,7 @@ class _Log:
             among_new[mine] = place[mine] - reached
         self._ranks[name].append(place)
         self._ranks_new[name].append(among_new)
-        self._shown[name][top(scores, SHOWN)] = True
+        self._shown[name] |= ranking.shown(SHOWN)
 
     def tell(self, told: Events) -> None:
         """Remember what happened."""
