@@ -21,6 +21,7 @@ from model.evaluate import METRICS, Bools, Floats, Int32s, Interval, UserBootstr
 from model.leave_one_out import LeftOut, rank_targets, split
 from model.prequential import Ranked, Scorer, prequential
 
+from .errors import UserError
 from .evaluation_data import Recorded
 
 Progress = Callable[[int, int], None]
@@ -92,8 +93,13 @@ class Report:
 
 
 def counters(data: Recorded) -> dict[str, Make]:
-    """Baselines that know no text."""
+    """Baselines that know no text. Raises UserError for a catalogue that is too large for them."""
     n = len(data.item_ids)
+    if n > baselines.MOST_ITEMS:
+        raise UserError(
+            f"{data.name} has {n:,} items, and the baselines count pairs of at most "
+            f"{baselines.MOST_ITEMS:,}: take a part of the set"
+        )
     return {
         "popular": lambda: baselines.Popular(n),
         "last item": lambda: baselines.ItemNeighbours(n, depth=1),
@@ -129,7 +135,8 @@ def in_event_time(
 ) -> Report:
     """Rank before every basket from `START` of the events on, then learn it.
 
-    Raises ValueError for a reference that is not among the scorers.
+    Raises UserError where nothing can be ranked, and ValueError for a reference that is not among
+    the scorers.
     """
     _check_reference(reference, makers)
     ranked = prequential(
@@ -141,6 +148,11 @@ def in_event_time(
         block=block,
         progress=progress,
     )
+    if not len(ranked.targets):
+        raise UserError(
+            f"{data.name} has no item event of positive weight in its last {1 - START:.0%}: there "
+            "is nothing to foresee"
+        )
     protocol = (
         f"In event time: the first {START:.0%} of the events are learned from; from then on, all "
         f"{len(data.item_ids):,} items are ranked before every basket and looked up for each of "
@@ -182,6 +194,7 @@ def _sections(data: Recorded, ranked: Ranked, reference: str) -> list[Section]:
         if where.any()
     ]
     if found:
+        # Coverage is of all rankings, and so stands beside all targets.
         covered = tuple(
             Row(row.name, row.metrics, ranked.coverage[row.name], row.lift) for row in found[0].rows
         )
@@ -234,10 +247,13 @@ def by_last_item(
 ) -> Report:
     """Leave-one-out on the test items, the user's own items masked and kept.
 
-    Raises ValueError for a reference that is not among the scorers.
+    Raises UserError where nobody has three events, and ValueError for a reference that is not
+    among the scorers.
     """
     _check_reference(reference, makers)
     test = split(data.events)
+    if not len(test.user):
+        raise UserError(f"{data.name} has no user with three events: there is nothing to leave out")
     n_items = len(data.item_ids)
     found: dict[str, LeftOut] = {}
     for number, (name, make) in enumerate(makers.items()):
