@@ -150,7 +150,9 @@ def blocks(user: Ints, t_ms: Ints, size: int) -> Iterator[tuple[int, int]]:
     A block holds whole instants, at least `size` baskets unless a user would come back, and no
     user at two times.
     """
-    instants = np.flatnonzero(np.diff(t_ms, prepend=t_ms[0] - 1)) if len(t_ms) else np.zeros(0, int)
+    if not len(t_ms):
+        return
+    instants = np.flatnonzero(np.diff(t_ms, prepend=t_ms[0] - 1))
     ends = [*instants[1:].tolist(), len(t_ms)]
     first, members = 0, set[int]()
     for begin, end in zip(instants.tolist(), ends, strict=True):
@@ -159,8 +161,7 @@ def blocks(user: Ints, t_ms: Ints, size: int) -> Iterator[tuple[int, int]]:
             yield first, begin
             first, members = begin, set()
         members |= now
-    if members:
-        yield first, len(t_ms)
+    yield first, len(t_ms)
 
 
 class _Log:

@@ -63,7 +63,7 @@ def main() -> None:
     # By the last item everything is told at once, and that is when they are trained.
     schedule = Schedule(0.0 if order_only else _EVERY_MS, given.epochs, given.later_epochs)
     makers = counters(data) | untrained_text(data, vectors)
-    if order_only:
+    if order_only and not given.only:  # its name tells the weight that was chosen
         makers |= dict([with_text(data, vectors)])
     makers |= networks(len(data.item_ids), schedule, dropout=0.5 if order_only else 0.2)
     if given.only:
