@@ -145,16 +145,23 @@ class ItemNeighbours:
             tail = self._tail.get(user, _NO_ITEMS)
             near = np.concatenate([tail[-_DISTANCE:], items])
             old = len(near) - len(items)
-            for d in range(1, min(_DISTANCE, len(near) - 1) + 1):
-                first = max(old - d, 0)  # pairs of two old items are in already
-                earlier, later = near[first : len(near) - d], near[first + d :]
-                np.add.at(self._pairs, (earlier, later), np.float32(1 / d))
-                np.add.at(self._pairs, (later, earlier), np.float32(self._backward / d))
+            earlier, later, d = _pairs_within(len(near), old)
+            np.add.at(self._pairs, (near[earlier], near[later]), 1 / d)
+            np.add.at(self._pairs, (near[later], near[earlier]), self._backward / d)
             self._tail[user] = np.concatenate([tail, items])[-longest:]
         np.add.at(self._counts, events.item, 1)
 
 
 _DISTANCE: Final = 7
+
+
+def _pairs_within(count: int, old: int) -> tuple[Ints, Ints, Floats]:
+    """Places (p,), (p,) and distances (p,) of all pairs within reach of `count` items whose first
+    `old` are paired with each other already."""
+    later, d = np.divmod(np.arange(old * _DISTANCE, count * _DISTANCE), _DISTANCE)
+    d += 1
+    reached = later >= d
+    return later[reached] - d[reached], later[reached], d[reached].astype(np.float32)
 
 
 class TextSteps:
