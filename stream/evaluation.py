@@ -31,9 +31,6 @@ START: Final = 0.4
 """Share of the events that are only learned from, before the first ranking."""
 MIDDLE: Final = 0.65
 """Where the ranked part is cut in two: what holds in spring should hold before Christmas."""
-REFERENCE: Final = "own + last basket"
-REFERENCE_ORDER: Final = "item-kNN"
-"""What the others are compared with: in event time, and by the last item."""
 
 _DAY_MS: Final = 86_400_000
 _NEW_ITEM_MS: Final = 30 * _DAY_MS
@@ -67,7 +64,8 @@ class Row:
     metrics: dict[str, Interval]
     coverage: float | None = None
     lift: Interval | None = None
-    """Recall relative to the reference: 0.05 is five per cent better; None for itself."""
+    """Recall relative to the reference: 0.05 is five per cent better; None for itself, and where
+    the reference finds nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,12 @@ class Report:
     dataset: str
     protocol: str
     reference: str
+    """What `Row.lift` compares with: the scorer that is strongest over all targets."""
     lift_of: str
-    """The metric that `Row.lift` compares."""
+    """The metric that `Row.lift` compares, and that slices are shown by."""
     sections: tuple[Section, ...]
+    slices: tuple[Section, ...] = ()
+    """Parts of the targets of the first section."""
 
 
 def counters(data: Recorded) -> dict[str, Make]:
@@ -106,7 +107,7 @@ def counters(data: Recorded) -> dict[str, Make]:
         "item-kNN": lambda: baselines.ItemNeighbours(n),
         "last basket": lambda: baselines.LastBasket(n),
         "own frequency": lambda: baselines.OwnFrequency(n),
-        REFERENCE: lambda: baselines.Blend(
+        "own + last basket": lambda: baselines.Blend(
             (baselines.OwnFrequency(n), baselines.LastBasket(n)), baselines.total
         ),
     }
@@ -129,16 +130,13 @@ def in_event_time(
     data: Recorded,
     makers: Mapping[str, Make],
     *,
-    reference: str = REFERENCE,
     block: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> Report:
     """Rank before every basket from `START` of the events on, then learn it.
 
-    Raises UserError where nothing can be ranked, and ValueError for a reference that is not among
-    the scorers.
+    Raises UserError where nothing can be ranked.
     """
-    _check_reference(reference, makers)
     ranked = prequential(
         data.events,
         len(data.user_ids),
@@ -158,53 +156,57 @@ def in_event_time(
         f"{len(data.item_ids):,} items are ranked before every basket and looked up for each of "
         "its items, and then it is learned. Intervals: 95 %, bootstrap over users."
     )
-    return Report(
-        data.name, protocol, reference, "recall@20", tuple(_sections(data, ranked, reference))
-    )
+    return _report(data, ranked, protocol)
 
 
 def slices(data: Recorded, ranked: Ranked) -> dict[str, Bools]:
-    """Which targets belong to which slice, in words."""
+    """Which targets belong to which slice; `docs/evaluation.md` says what the names mean."""
     of = ranked.targets
     returning = of.user_events > 0
     early = of.event < MIDDLE * len(data.events)
     parts = {
-        "all": np.ones(len(of), dtype=bool),
-        "new users (their first basket)": ~returning,
+        "new users": ~returning,
         "returning users": returning,
-        f"returning users, {START:.0%} to {MIDDLE:.0%} of the events": returning & early,
-        f"returning users, {MIDDLE:.0%} to 100%": returning & ~early,
-        "repeats (the user had the item before)": of.repeat,
-        "discovery (an item new to the user)": ~of.repeat,
-        "items never seen before": of.item_age_ms < 0,
-        "items seen for less than 30 days": (of.item_age_ms >= 0) & (of.item_age_ms < _NEW_ITEM_MS),
-        "items seen for longer": of.item_age_ms >= _NEW_ITEM_MS,
+        f"returning, {START:.0%} to {MIDDLE:.0%}": returning & early,
+        f"returning, {MIDDLE:.0%} to 100%": returning & ~early,
+        "repeats": of.repeat,
+        "discovery": ~of.repeat,
+        "unseen items": of.item_age_ms < 0,
+        "items < 30 days": (of.item_age_ms >= 0) & (of.item_age_ms < _NEW_ITEM_MS),
+        "older items": of.item_age_ms >= _NEW_ITEM_MS,
     }
     kinds = np.unique(of.type)
     if len(kinds) > 1:
-        parts |= {f"event type {data.type_names[k]}": of.type == k for k in kinds.tolist()}
+        parts |= {f"type {data.type_names[k]}": of.type == k for k in kinds.tolist()}
     return parts
 
 
-def _sections(data: Recorded, ranked: Ranked, reference: str) -> list[Section]:
-    bootstrap = UserBootstrap(ranked.targets.user)
-    found = [
-        _section(title, ranked.targets.user, ranked.rank, bootstrap, where, reference)
-        for title, where in slices(data, ranked).items()
-        if where.any()
-    ]
-    if found:
-        # Coverage is of all rankings, and so stands beside all targets.
-        covered = tuple(
-            Row(row.name, row.metrics, ranked.coverage[row.name], row.lift) for row in found[0].rows
-        )
-        found[0] = Section(found[0].title, found[0].targets, found[0].users, covered)
+def _report(data: Recorded, ranked: Ranked, protocol: str) -> Report:
+    user = ranked.targets.user
+    bootstrap = UserBootstrap(user)
+    lift_of = "recall@20"
+    reference = _strongest(ranked.rank, lift_of)
+    everything = np.ones(len(user), dtype=bool)
+    first = _section("all", user, ranked.rank, bootstrap, everything, reference, lift_of)
+    covered = tuple(
+        Row(row.name, row.metrics, ranked.coverage[row.name], row.lift) for row in first.rows
+    )
+    sections = [Section(first.title, first.targets, first.users, covered)]
     new = ~ranked.targets.repeat
     if new.any():
         among_new = {name: np.maximum(rank, 1) for name, rank in ranked.rank_new.items()}
         title = "discovery, ranked among the items new to the user"
-        found.append(_section(title, ranked.targets.user, among_new, bootstrap, new, reference))
-    return found
+        sections.append(_section(title, user, among_new, bootstrap, new, reference, lift_of))
+    parts = tuple(
+        _section(title, user, ranked.rank, bootstrap, where, reference, lift_of)
+        for title, where in slices(data, ranked).items()
+        if where.any()
+    )
+    return Report(data.name, protocol, reference, lift_of, tuple(sections), parts)
+
+
+def _strongest(rank: Mapping[str, Int32s], by: str) -> str:
+    return max(rank, key=lambda name: float(metric(by, rank[name]).mean()))
 
 
 def _section(
@@ -214,25 +216,21 @@ def _section(
     bootstrap: UserBootstrap,
     where: Bools,
     reference: str,
-    lift_of: str = "recall@20",
+    lift_of: str,
 ) -> Section:
     base = metric(lift_of, rank[reference])
+    comparable = base[where].any()
     rows = tuple(
         Row(
             name,
             {m: bootstrap.mean(metric(m, places), where) for m in METRICS},
             lift=None
-            if name == reference
+            if name == reference or not comparable
             else bootstrap.lift(metric(lift_of, places), base, where),
         )
         for name, places in rank.items()
     )
     return Section(title, int(where.sum()), len(np.unique(user[where])), rows)
-
-
-def _check_reference(reference: str, makers: Mapping[str, Make]) -> None:
-    if reference not in makers:
-        raise ValueError(f"no scorer {reference!r} to compare with: one of {', '.join(makers)}")
 
 
 # --- by the last item ----------------------------------------------------------------------
@@ -242,15 +240,12 @@ def by_last_item(
     data: Recorded,
     makers: Mapping[str, Make],
     *,
-    reference: str = REFERENCE_ORDER,
     progress: Progress = lambda done, total: None,
 ) -> Report:
     """Leave-one-out on the test items, the user's own items masked and kept.
 
-    Raises UserError where nobody has three events, and ValueError for a reference that is not
-    among the scorers.
+    Raises UserError where nobody has three events.
     """
-    _check_reference(reference, makers)
     test = split(data.events)
     if not len(test.user):
         raise UserError(f"{data.name} has no user with three events: there is nothing to leave out")
@@ -270,14 +265,16 @@ def by_last_item(
         f"{n_items:,} items; what is chosen is chosen on the item before it. Intervals: 95 %, "
         "bootstrap over users."
     )
+    lift_of = "recall@10"
+    reference = _strongest(masked, lift_of)
     sections = tuple(
-        _section(
-            f"the user's own items {word}", test.user, rank, bootstrap, everyone, reference,
-            lift_of="recall@10",
+        _section(title, test.user, rank, bootstrap, everyone, reference, lift_of)
+        for title, rank in (
+            ("the user's own items masked", masked),
+            ("the user's own items kept", kept),
         )
-        for word, rank in (("masked", masked), ("kept", kept))
-    )  # fmt: skip
-    return Report(data.name, protocol, reference, "recall@10", sections)
+    )
+    return Report(data.name, protocol, reference, lift_of, sections)
 
 
 def with_text(

@@ -72,6 +72,8 @@ def plain(report: Report) -> str:
 def _tables(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     for section in report.sections:
         yield _table(report, section)
+    if report.slices:
+        yield _by_slice(report)
     elsewhere = published(report.dataset)
     if elsewhere:
         rows = [[m, seen, f"{recall:.4f}", f"{ndcg:.4f}"] for m, seen, recall, ndcg in elsewhere]
@@ -92,6 +94,16 @@ def _table(report: Report, section: Section) -> tuple[str, list[str], list[list[
         cells.append(_lift(row.lift))
         rows.append(cells)
     return title, header, rows
+
+
+def _by_slice(report: Report) -> tuple[str, list[str], list[list[str]]]:
+    """A column per slice; the intervals are in the JSON."""
+    header = ["", *(part.title for part in report.slices)]
+    rows = [["targets", *(f"{part.targets:,}" for part in report.slices)]]
+    for number, row in enumerate(report.sections[0].rows):
+        found = [part.rows[number].metrics[report.lift_of] for part in report.slices]
+        rows.append([row.name, *(_point(interval.value) for interval in found)])
+    return f"{_short(report.lift_of)} by slice of all targets", header, rows
 
 
 def _short(name: str) -> str:
