@@ -170,7 +170,8 @@ class UserBootstrap:
     """Intervals for means over targets, by resampling whole users with replacement.
 
     A user's targets go together, because they resemble each other: resampling single targets
-    makes intervals too narrow. One object draws once, so that everything it says is paired.
+    makes intervals too narrow. One object draws once, so that everything it says is paired; it
+    holds 4 bytes per user and resample.
     Percentile intervals (Efron and Tibshirani, 1993).
     """
 
@@ -179,15 +180,16 @@ class UserBootstrap:
     level: float = LEVEL
     seed: int = 0
     _row: Ints = field(init=False, repr=False)  # (m,) user as 0 to u - 1
-    _drawn: NDArray[np.uint8] = field(init=False, repr=False)  # (resamples, u) times drawn
+    # (resamples, u) how often each user is drawn; float32, for one fast product per estimate.
+    _drawn: Floats = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         names, row = np.unique(self.user, return_inverse=True)
         rng = np.random.default_rng(self.seed)
-        drawn = np.zeros((self.resamples, len(names)), dtype=np.uint8)
+        drawn = np.zeros((self.resamples, len(names)), dtype=np.float32)
         for times in drawn if len(names) else ():
             picked = rng.integers(0, len(names), size=len(names))
-            times[:] = np.bincount(picked, minlength=len(names))  # 255 times has no chance
+            times[:] = np.bincount(picked, minlength=len(names))
         object.__setattr__(self, "_row", row)
         object.__setattr__(self, "_drawn", drawn)
 
@@ -229,8 +231,10 @@ class UserBootstrap:
         under = self._by_user(chosen if below is None else below * chosen)
         with np.errstate(divide="ignore", invalid="ignore"):
             value = float(np.divide(over.sum(), under.sum()))
-            sums = self._drawn @ np.stack([over, under], axis=1)  # (resamples, 2)
-            drawn = sums[:, 0] / sums[:, 1]
+            sums = self._drawn @ np.stack([over, under], axis=1).astype(
+                np.float32
+            )  # (resamples, 2)
+            drawn = (sums[:, 0] / sums[:, 1]).astype(np.float64)
         return self._interval(value, drawn, count)
 
     def _by_user(self, values: NDArray[Any]) -> Doubles:
