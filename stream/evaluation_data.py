@@ -7,6 +7,7 @@ metric.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -84,8 +85,11 @@ def item_vectors(
 
     Raises what `model.releases.build_base` raises.
     """
-    from model.releases import build_base  # torch takes two seconds
+    import torch  # two seconds
 
+    from model.releases import build_base
+
+    torch.set_num_threads(model.threads or max(1, (os.cpu_count() or 2) - 1))
     folder = data_dir / _FOLDER
     release = build_base(
         folder / "releases",

@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from model.prequential import Events
 from tests.bench.quality.neural import GRU4Rec, Loss, Neural, SASRec, Schedule
+
+torch.set_num_threads(1)  # on a busy machine, threads spend their time waiting for each other
 
 ITEMS = 12
 DAY = 86_400_000

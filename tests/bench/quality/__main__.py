@@ -9,8 +9,11 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from model.baselines import DAY_MS
 from stream.datasets import load
@@ -59,6 +62,7 @@ def main() -> None:
     name = given.path[0].stem.removesuffix("_events") if order_only else given.dataset
     data = recorded(load(given.dataset, given.path), name)
     settings = Settings()
+    torch.set_num_threads(settings.model.threads or 1)
     vectors = item_vectors(data.texts, settings.model, settings.stream.data_dir)
     # By the last item everything is told at once, and that is when they are trained.
     schedule = Schedule(0.0 if order_only else _EVERY_MS, given.epochs, given.later_epochs)
@@ -74,7 +78,7 @@ def main() -> None:
     print(json.dumps(as_json(report)) if given.json else plain(report))
 
 
-def _told(began: float):  # type: ignore[no-untyped-def]
+def _told(began: float) -> Callable[[int, int], None]:
     last = [began]
 
     def report(done: int, total: int) -> None:
