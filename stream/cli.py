@@ -589,8 +589,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """How well baselines foresee what shoppers of a recorded set do next, with intervals."""
+    from . import evaluation
     from .datasets import load
-    from .evaluation import by_last_item, counters, in_event_time, untrained_text, with_text
     from .evaluation_data import item_vectors, recorded
     from .evaluation_view import as_json as for_programs
     from .evaluation_view import plain, render
@@ -599,16 +599,18 @@ def evaluate(
     has_order_only = dataset == "amazon"  # its times are made up
     name = path[0].stem.removesuffix("_events") if path and has_order_only else dataset
     data = recorded(load(dataset, path), name)
-    makers = counters(data)
+    makers = (evaluation.counters_of_order if has_order_only else evaluation.counters)(data)
     if text:
         with _progress("encoding the catalogue") as report:
             vectors = item_vectors(data.texts, settings.model, settings.stream.data_dir, report)
-        makers |= untrained_text(data, vectors)
         if has_order_only:
+            makers |= evaluation.steps_of_text(data, vectors)
             with _progress("choosing weights") as report:
-                makers |= dict([with_text(data, vectors, report)])
+                makers |= dict([evaluation.with_text(data, vectors, report)])
+        else:
+            makers |= evaluation.untrained_text(data, vectors)
     with _progress("ranking") as report:
-        run = by_last_item if has_order_only else in_event_time
+        run = evaluation.by_last_item if has_order_only else evaluation.in_event_time
         found = run(data, makers, progress=report)
     if as_json:
         print(json.dumps(for_programs(found), ensure_ascii=False))

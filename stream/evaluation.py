@@ -94,13 +94,11 @@ class Report:
 
 
 def counters(data: Recorded) -> dict[str, Make]:
-    """Baselines that know no text. Raises UserError for a catalogue that is too large for them."""
-    n = len(data.item_ids)
-    if n > baselines.MOST_ITEMS:
-        raise UserError(
-            f"{data.name} has {n:,} items, and the baselines count pairs of at most "
-            f"{baselines.MOST_ITEMS:,}: take a part of the set"
-        )
+    """Baselines that know no text, for sets with real times.
+
+    Raises UserError for a catalogue that is too large for them.
+    """
+    n = _checked_size(data)
     return {
         "popular": lambda: baselines.Popular(n),
         "last item": lambda: baselines.ItemNeighbours(n, depth=1),
@@ -114,13 +112,44 @@ def counters(data: Recorded) -> dict[str, Make]:
 
 
 def untrained_text(data: Recorded, vectors: Floats) -> dict[str, Make]:
-    """Baselines that know text, through an encoder that was not trained on the shop."""
+    """Baselines that know text, through an encoder that was not trained on the shop, for sets with
+    real times."""
+    users = len(data.user_ids)
+    return steps_of_text(data, vectors) | {
+        "text: profile, three time scales": lambda: baselines.TextProfile(vectors, users),
+    }
+
+
+def counters_of_order(data: Recorded) -> dict[str, Make]:
+    """Baselines that know no text, for sets of which only the order is real.
+
+    Raises UserError for a catalogue that is too large for them.
+    """
+    n = _checked_size(data)
+    return {
+        "popular": lambda: baselines.Popular(n, half_life_ms=np.inf),
+        "last item": lambda: baselines.ItemNeighbours(n, depth=1),
+        "item-kNN": lambda: baselines.ItemNeighbours(n),
+    }
+
+
+def steps_of_text(data: Recorded, vectors: Floats) -> dict[str, Make]:
+    """Untrained text by the order of events alone."""
     users = len(data.user_ids)
     return {
         "text: mean": lambda: baselines.TextSteps(vectors, users, decay=1.0),
         "text: decayed by 0.7 a step": lambda: baselines.TextSteps(vectors, users, decay=0.7),
-        "text: profile, three time scales": lambda: baselines.TextProfile(vectors, users),
     }
+
+
+def _checked_size(data: Recorded) -> int:
+    n = len(data.item_ids)
+    if n > baselines.MOST_ITEMS:
+        raise UserError(
+            f"{data.name} has {n:,} items, and the baselines count pairs of at most "
+            f"{baselines.MOST_ITEMS:,}: take a part of the set"
+        )
+    return n
 
 
 # --- in event time -------------------------------------------------------------------------

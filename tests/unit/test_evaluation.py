@@ -21,7 +21,9 @@ from stream.evaluation import (
     Report,
     by_last_item,
     counters,
+    counters_of_order,
     in_event_time,
+    steps_of_text,
     untrained_text,
     with_text,
 )
@@ -132,7 +134,11 @@ def test_by_the_last_item_seen_items_are_masked_and_kept_and_published_figures_s
     None
 ):
     data = shop("amazon_scientific")
-    makers = counters(data) | dict([with_text(data, vectors())])
+    makers = (
+        counters_of_order(data)
+        | steps_of_text(data, vectors())
+        | dict([with_text(data, vectors())])
+    )
     report = by_last_item(data, makers)
     assert [section.targets for section in report.sections] == [USERS, USERS]
     # Everybody comes back at last to the item they began with: masked, it cannot be found.
@@ -160,7 +166,7 @@ def test_a_set_without_anything_to_foresee_is_refused_in_words() -> None:
         "once", data.events.take(slice(0, USERS)), data.user_ids, data.item_ids, data.texts
     )
     with pytest.raises(UserError, match="nothing to leave out"):
-        by_last_item(once, counters(once))
+        by_last_item(once, counters_of_order(once))
 
 
 def test_a_catalogue_too_large_for_pair_counts_is_refused_in_words() -> None:
@@ -168,6 +174,8 @@ def test_a_catalogue_too_large_for_pair_counts_is_refused_in_words() -> None:
     large = Recorded("large", data.events, data.user_ids, ["x"] * 30_001, [""] * 30_001)
     with pytest.raises(UserError, match="30,001 items"):
         counters(large)
+    with pytest.raises(UserError, match="30,001 items"):
+        counters_of_order(large)
 
 
 def test_a_recorded_set_becomes_columns_with_the_weights_of_profiles() -> None:

@@ -45,6 +45,12 @@ def test_popularity_halves_with_every_half_life() -> None:
     assert scores(popular) == pytest.approx([1, 1, 0])  # four at two half-lives are one
 
 
+def test_popularity_without_a_half_life_is_the_plain_count() -> None:
+    popular = Popular(3, half_life_ms=np.inf)
+    popular.update(log((0, 0, 0), (0, 1, 0), (9_000_000, 0, 1)))
+    assert scores(popular) == [1, 0.5, 0]
+
+
 def test_own_items_count_per_basket_and_the_rest_by_popularity() -> None:
     own = OwnFrequency(4, decay=0.5)
     own.update(log((0, 0, 1), (0, 0, 2), (1, 0, 1), (2, 1, 3), (3, 1, 3)))

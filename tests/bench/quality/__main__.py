@@ -21,7 +21,9 @@ from stream.evaluation import (
     Make,
     by_last_item,
     counters,
+    counters_of_order,
     in_event_time,
+    steps_of_text,
     untrained_text,
     with_text,
 )
@@ -66,7 +68,10 @@ def main() -> None:
     vectors = item_vectors(data.texts, settings.model, settings.stream.data_dir)
     # By the last item everything is told at once, and that is when they are trained.
     schedule = Schedule(0.0 if order_only else _EVERY_MS, given.epochs, given.later_epochs)
-    makers = counters(data) | untrained_text(data, vectors)
+    if order_only:
+        makers = counters_of_order(data) | steps_of_text(data, vectors)
+    else:
+        makers = counters(data) | untrained_text(data, vectors)
     if order_only and not given.only:  # its name tells the weight that was chosen
         makers |= dict([with_text(data, vectors)])
     makers |= networks(len(data.item_ids), schedule, dropout=0.5 if order_only else 0.2)
