@@ -111,11 +111,10 @@ def _short(name: str) -> str:
 
 
 def _cell(found: Interval) -> str:
-    """`.1234 ±.0021`, half the width of the interval."""
+    """`.1234±.0021`, half the width of the interval."""
     if math.isnan(found.value):
         return _ABSENT
-    half = (found.high - found.low) / 2
-    return f"{_point(found.value)} ±{_point(half)}"
+    return f"{_point(found.value)}±{_point((found.high - found.low) / 2)}"
 
 
 def _point(value: float) -> str:
@@ -125,7 +124,7 @@ def _point(value: float) -> str:
 def _lift(lift: Interval | None) -> str:
     if lift is None or math.isnan(lift.value):
         return _ABSENT
-    return f"{lift.value:+.1%} [{lift.low:+.1%}, {lift.high:+.1%}]"
+    return f"{lift.value:+.1%} ±{(lift.high - lift.low) / 2:.1%}"
 
 
 def _without_nan(value: Any) -> Any:
