@@ -85,7 +85,7 @@ def _table(report: Report, section: Section) -> tuple[str, list[str], list[list[
     with_coverage = any(row.coverage is not None for row in section.rows)
     header = ["", *(_short(name) for name in METRICS)]
     header += ["shown"] if with_coverage else []
-    header.append(f"{_short(report.lift_of)} against {report.reference}")
+    header.append(f"{_short(report.lift_of)} against the best")
     rows = []
     for row in section.rows:
         cells = [row.name, *(_cell(row.metrics[name]) for name in METRICS)]
