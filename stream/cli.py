@@ -560,6 +560,50 @@ def demo(
     run_demo(Settings(), seconds=seconds, speed=speed, console=console)
 
 
+# --- evaluation ----------------------------------------------------------------------------
+
+
+@app.command("eval")
+def evaluate(
+    dataset: Annotated[str, typer.Argument(help="movielens, online-retail, rees46 or amazon.")],
+    path: Annotated[
+        list[Path] | None, typer.Option(help="File of the data set; movielens needs none.")
+    ] = None,
+    text: Annotated[bool, typer.Option(help="With the baselines that need the encoder.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """How well baselines foresee what shoppers of a recorded set do next, with intervals."""
+    from . import evaluation
+    from .datasets import load
+    from .evaluation_data import item_vectors, recorded
+    from .evaluation_view import as_json as for_programs
+    from .evaluation_view import plain, render
+
+    settings = Settings()
+    has_order_only = dataset == "amazon"  # its times are made up
+    name = path[0].stem.removesuffix("_events") if path and has_order_only else dataset
+    data = recorded(load(dataset, path), name)
+    makers = (evaluation.counters_of_order if has_order_only else evaluation.counters)(data)
+    if text:
+        with _progress("encoding the catalogue") as report:
+            vectors = item_vectors(data.texts, settings.model, settings.stream.data_dir, report)
+        if has_order_only:
+            makers |= evaluation.steps_of_text(data, vectors)
+            with _progress("choosing weights") as report:
+                makers |= dict([evaluation.with_text(data, vectors, report)])
+        else:
+            makers |= evaluation.untrained_text(data, vectors)
+    with _progress("ranking") as report:
+        run = evaluation.by_last_item if has_order_only else evaluation.in_event_time
+        found = run(data, makers, progress=report)
+    if as_json:
+        print(json.dumps(for_programs(found), ensure_ascii=False))
+    elif console.is_terminal:
+        console.print(render(found))
+    else:
+        print(plain(found))
+
+
 # --- small helpers -------------------------------------------------------------------------
 
 

@@ -1,0 +1,345 @@
+"""`penchant eval`: which scorers are run on a recorded set, how, and what is said of them.
+
+Knows protocols, baselines and slices. Does not know how a report is shown (`evaluation_view.py`),
+nor where data and vectors come from (`evaluation_data.py`).
+
+Two protocols. Sets with real times are run in event time: rank, then learn (`prequential`). The
+Amazon sets only have an order, and published tables leave the last item out (`leave_one_out`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model import baselines
+from model.evaluate import METRICS, Bools, Floats, Int32s, Interval, UserBootstrap, metric
+from model.leave_one_out import LeftOut, rank_targets, split
+from model.prequential import Ranked, Scorer, prequential
+
+from .errors import UserError
+from .evaluation_data import Recorded
+
+Progress = Callable[[int, int], None]
+Make = Callable[[], Scorer]
+
+START: Final = 0.4
+"""Share of the events that are only learned from, before the first ranking."""
+MIDDLE: Final = 0.65
+"""Where the ranked part is cut in two: what holds in spring should hold before Christmas."""
+
+_DAY_MS: Final = 86_400_000
+_NEW_ITEM_MS: Final = 30 * _DAY_MS
+_TEXT_WEIGHTS: Final = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+_CHOSEN_ON_USERS: Final = 5000
+
+# Leave-one-out, full ranking, Recall@10 and NDCG@10, as their authors print them.
+PUBLISHED: Final[Mapping[str, tuple[tuple[str, str, float, float], ...]]] = {
+    "amazon_beauty": (
+        ("popularity (S3-Rec repository)", "masked", 0.0152, 0.0068),
+        ("GRU4Rec (S3-Rec repository)", "masked", 0.0283, 0.0137),
+        ("BERT4Rec (S3-Rec repository)", "masked", 0.0347, 0.0170),
+        ("FDSA (S3-Rec repository)", "masked", 0.0407, 0.0208),
+        ("SASRec (S3-Rec repository)", "masked", 0.0605, 0.0318),
+        ("S3-Rec", "masked", 0.0647, 0.0327),
+        ("TIGER (transformer_benchmark)", "masked", 0.0648, 0.0384),
+        ("HSTU (transformer_benchmark)", "masked", 0.0704, 0.0389),
+        ("ActionPiece (transformer_benchmark)", "masked", 0.0775, 0.0424),
+        ("SASRec, sampled softmax (transformer_benchmark)", "masked", 0.0921, 0.0531),
+        ("eSASRec (transformer_benchmark)", "masked", 0.0928, 0.0523),
+    ),
+    "amazon_scientific": (("VQ-Rec (its repository)", "kept", 0.1238, 0.0645),),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scorer in one table."""
+
+    name: str
+    metrics: dict[str, Interval]
+    coverage: float | None = None
+    lift: Interval | None = None
+    """Recall relative to the reference: 0.05 is five per cent better; None for itself, and where
+    the reference finds nothing."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table: the same targets for every row."""
+
+    title: str
+    targets: int
+    users: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found."""
+
+    dataset: str
+    protocol: str
+    reference: str
+    """What `Row.lift` compares with: the scorer that is strongest over all targets."""
+    lift_of: str
+    """The metric that `Row.lift` compares, and that slices are shown by."""
+    sections: tuple[Section, ...]
+    slices: tuple[Section, ...] = ()
+    """Parts of the targets of the first section."""
+
+
+def counters(data: Recorded) -> dict[str, Make]:
+    """Baselines that know no text, for sets with real times.
+
+    Raises UserError for a catalogue that is too large for them.
+    """
+    n = _checked_size(data)
+    return {
+        "popular": lambda: baselines.Popular(n),
+        "last item": lambda: baselines.ItemNeighbours(n, depth=1),
+        "item-kNN": lambda: baselines.ItemNeighbours(n),
+        "last basket": lambda: baselines.LastBasket(n),
+        "own frequency": lambda: baselines.OwnFrequency(n),
+        "own + last basket": lambda: baselines.Blend(
+            (baselines.OwnFrequency(n), baselines.LastBasket(n)), baselines.total
+        ),
+    }
+
+
+def untrained_text(data: Recorded, vectors: Floats) -> dict[str, Make]:
+    """Baselines that know text, through an encoder that was not trained on the shop, for sets with
+    real times."""
+    users = len(data.user_ids)
+    return steps_of_text(data, vectors) | {
+        "text: profile, three time scales": lambda: baselines.TextProfile(vectors, users),
+    }
+
+
+def counters_of_order(data: Recorded) -> dict[str, Make]:
+    """Baselines that know no text, for sets of which only the order is real.
+
+    Raises UserError for a catalogue that is too large for them.
+    """
+    n = _checked_size(data)
+    return {
+        "popular": lambda: baselines.Popular(n, half_life_ms=np.inf),
+        "last item": lambda: baselines.ItemNeighbours(n, depth=1),
+        "item-kNN": lambda: baselines.ItemNeighbours(n),
+    }
+
+
+def steps_of_text(data: Recorded, vectors: Floats) -> dict[str, Make]:
+    """Untrained text by the order of events alone."""
+    users = len(data.user_ids)
+    return {
+        "text: mean": lambda: baselines.TextSteps(vectors, users, decay=1.0),
+        "text: decayed by 0.7 a step": lambda: baselines.TextSteps(vectors, users, decay=0.7),
+    }
+
+
+def _checked_size(data: Recorded) -> int:
+    n = len(data.item_ids)
+    if n > baselines.MOST_ITEMS:
+        raise UserError(
+            f"{data.name} has {n:,} items, and the baselines count pairs of at most "
+            f"{baselines.MOST_ITEMS:,}: take a part of the set"
+        )
+    return n
+
+
+# --- in event time -------------------------------------------------------------------------
+
+
+def in_event_time(
+    data: Recorded,
+    makers: Mapping[str, Make],
+    *,
+    block: int = 1,
+    progress: Progress = lambda done, total: None,
+) -> Report:
+    """Rank before every basket from `START` of the events on, then learn it.
+
+    Raises UserError where nothing can be ranked.
+    """
+    ranked = prequential(
+        data.events,
+        len(data.user_ids),
+        len(data.item_ids),
+        {name: make() for name, make in makers.items()},
+        start=int(START * len(data.events)),
+        block=block,
+        progress=progress,
+    )
+    if not len(ranked.targets):
+        raise UserError(
+            f"{data.name} has no item event of positive weight in its last {1 - START:.0%}: there "
+            "is nothing to foresee"
+        )
+    protocol = (
+        f"In event time: the first {START:.0%} of the events are learned from; from then on, all "
+        f"{len(data.item_ids):,} items are ranked before every basket and looked up for each of "
+        "its items, and then it is learned. Intervals: 95 %, bootstrap over users."
+    )
+    return _report(data, ranked, protocol)
+
+
+def slices(data: Recorded, ranked: Ranked) -> dict[str, Bools]:
+    """Which targets belong to which slice; `docs/evaluation.md` says what the names mean."""
+    of = ranked.targets
+    returning = of.user_events > 0
+    early = of.event < MIDDLE * len(data.events)
+    parts = {
+        "new users": ~returning,
+        "returning users": returning,
+        f"returning, {START:.0%} to {MIDDLE:.0%}": returning & early,
+        f"returning, {MIDDLE:.0%} to 100%": returning & ~early,
+        "repeats": of.repeat,
+        "discovery": ~of.repeat,
+        "unseen items": of.item_age_ms < 0,
+        "items < 30 days": (of.item_age_ms >= 0) & (of.item_age_ms < _NEW_ITEM_MS),
+        "older items": of.item_age_ms >= _NEW_ITEM_MS,
+    }
+    kinds = np.unique(of.type)
+    if len(kinds) > 1:
+        parts |= {f"type {data.type_names[k]}": of.type == k for k in kinds.tolist()}
+    return parts
+
+
+def _report(data: Recorded, ranked: Ranked, protocol: str) -> Report:
+    user = ranked.targets.user
+    bootstrap = UserBootstrap(user)
+    lift_of = "recall@20"
+    reference = _strongest(ranked.rank, lift_of)
+    everything = np.ones(len(user), dtype=bool)
+    first = _section("all", user, ranked.rank, bootstrap, everything, reference, lift_of)
+    covered = tuple(
+        Row(row.name, row.metrics, ranked.coverage[row.name], row.lift) for row in first.rows
+    )
+    sections = [Section(first.title, first.targets, first.users, covered)]
+    new = ~ranked.targets.repeat
+    if new.any():
+        among_new = {name: np.maximum(rank, 1) for name, rank in ranked.rank_new.items()}
+        title = "discovery, ranked among the items new to the user"
+        sections.append(_section(title, user, among_new, bootstrap, new, reference, lift_of))
+    parts = tuple(
+        _section(title, user, ranked.rank, bootstrap, where, reference, lift_of)
+        for title, where in slices(data, ranked).items()
+        if where.any()
+    )
+    return Report(data.name, protocol, reference, lift_of, tuple(sections), parts)
+
+
+def _strongest(rank: Mapping[str, Int32s], by: str) -> str:
+    return max(rank, key=lambda name: float(metric(by, rank[name]).mean()))
+
+
+def _section(
+    title: str,
+    user: NDArray[np.int64],
+    rank: Mapping[str, Int32s],
+    bootstrap: UserBootstrap,
+    where: Bools,
+    reference: str,
+    lift_of: str,
+) -> Section:
+    base = metric(lift_of, rank[reference])
+    comparable = base[where].any()
+    rows = tuple(
+        Row(
+            name,
+            {m: bootstrap.mean(metric(m, places), where) for m in METRICS},
+            lift=None
+            if name == reference or not comparable
+            else bootstrap.lift(metric(lift_of, places), base, where),
+        )
+        for name, places in rank.items()
+    )
+    return Section(title, int(where.sum()), len(np.unique(user[where])), rows)
+
+
+# --- by the last item ----------------------------------------------------------------------
+
+
+def by_last_item(
+    data: Recorded,
+    makers: Mapping[str, Make],
+    *,
+    progress: Progress = lambda done, total: None,
+) -> Report:
+    """Leave-one-out on the test items, the user's own items masked and kept.
+
+    Raises UserError where nobody has three events.
+    """
+    test = split(data.events)
+    if not len(test.user):
+        raise UserError(f"{data.name} has no user with three events: there is nothing to leave out")
+    n_items = len(data.item_ids)
+    found: dict[str, LeftOut] = {}
+    for number, (name, make) in enumerate(makers.items()):
+        scorer = make()
+        scorer.update(test.history)
+        found[name] = rank_targets(scorer, n_items, test)
+        progress(number + 1, len(makers))
+    bootstrap = UserBootstrap(test.user)
+    everyone = np.ones(len(test.user), dtype=bool)
+    masked = {name: left.masked for name, left in found.items()}
+    kept = {name: left.kept for name, left in found.items()}
+    protocol = (
+        f"Leave-one-out: the last item of each of {len(test.user):,} users, among all "
+        f"{n_items:,} items; what is chosen is chosen on the item before it. Intervals: 95 %, "
+        "bootstrap over users."
+    )
+    lift_of = "recall@10"
+    reference = _strongest(masked, lift_of)
+    sections = tuple(
+        _section(title, test.user, rank, bootstrap, everyone, reference, lift_of)
+        for title, rank in (
+            ("the user's own items masked", masked),
+            ("the user's own items kept", kept),
+        )
+    )
+    return Report(data.name, protocol, reference, lift_of, sections)
+
+
+def with_text(
+    data: Recorded, vectors: Floats, progress: Progress = lambda done, total: None
+) -> tuple[str, Make]:
+    """Item-kNN and decayed text, the weight of the text chosen on the validation items."""
+    n_items, n_users = len(data.item_ids), len(data.user_ids)
+    part = split(data.events, "validation")
+    chosen = np.random.default_rng(0).permutation(len(part.user))[:_CHOSEN_ON_USERS]
+    part = type(part)(part.history, part.user[chosen], part.item[chosen], part.t_ms[chosen])
+    parts = _neighbours_and_text(n_items, vectors, n_users)
+    for scorer in parts:
+        scorer.update(part.history)
+    recalls: list[float] = []
+    for weight in _TEXT_WEIGHTS:
+        blend = baselines.Blend(parts, baselines.neighbours_and_text(weight))
+        left = rank_targets(blend, n_items, part)
+        recalls.append(float(metric("recall@10", left.masked).mean()))
+        progress(len(recalls), len(_TEXT_WEIGHTS))
+    weight = _TEXT_WEIGHTS[int(np.argmax(recalls))]
+    return (
+        f"item-kNN + decayed text ({weight:g})",
+        lambda: baselines.Blend(
+            _neighbours_and_text(n_items, vectors, n_users),
+            baselines.neighbours_and_text(weight),
+        ),
+    )
+
+
+def _neighbours_and_text(n_items: int, vectors: Floats, n_users: int) -> tuple[Scorer, ...]:
+    return (
+        baselines.ItemNeighbours(n_items),
+        baselines.TextSteps(vectors, n_users, decay=0.7),
+    )
+
+
+def published(name: str) -> Sequence[tuple[str, str, float, float]]:
+    """(model, masked or kept, Recall@10, NDCG@10) of the tables for a set of that name."""
+    return PUBLISHED.get(name, ())

@@ -1,0 +1,123 @@
+"""Recorded sets as columns of numbers, and a vector for every item: what an evaluation is run on.
+
+Knows data sets, event weights, releases and where vectors are kept. Knows no scorer and no
+metric.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from model.evaluate import Floats
+from model.prequential import NO_ITEM, Events
+from model.text import text_version
+from profiles.arithmetic import FORGET
+from profiles.schema import EVENT_TYPES
+
+from .base_release import texts_of
+from .contributions import columns, event_weights
+from .datasets import Dataset
+from .settings import ModelSettings
+
+_FOLDER: Final = "evaluation"
+_TEXTS_AT_ONCE: Final = 512
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A data set over a catalogue: row i of everything about items is item i."""
+
+    name: str
+    events: Events
+    user_ids: list[str]
+    item_ids: list[str]
+    texts: list[str]  # "" for an item that the catalogue does not describe
+
+    @property
+    def type_names(self) -> tuple[str, ...]:
+        """Names of the event types, by their number in `events.type`."""
+        return EVENT_TYPES
+
+
+def recorded(data: Dataset, name: str = "") -> Recorded:
+    """All events of a set, in event-time order, with the default weights.
+
+    The catalogue is the set's items, and after them the items that only events name.
+    """
+    items = list(data.items)
+    row_of = {item.item_id: row for row, item in enumerate(items)}
+    texts = texts_of(items)
+    taken = columns(list(data.events), event_weights({}), currency="")
+    rows = [row_of.setdefault(i, len(row_of)) if i else NO_ITEM for i in taken.item_id]
+    kind = np.asarray(taken.type, dtype=np.uint8)
+    events = Events(
+        np.asarray(taken.row, dtype=np.int64),
+        np.asarray(rows, dtype=np.int32),
+        kind,
+        np.asarray(taken.t_ms, dtype=np.int64),
+        np.asarray(taken.weight, dtype=np.float32),
+    )
+    return Recorded(
+        name=name or data.name,
+        events=events.take(kind != FORGET),
+        user_ids=list(taken.users),
+        item_ids=list(row_of),
+        texts=texts + [""] * (len(row_of) - len(texts)),
+    )
+
+
+def item_vectors(
+    texts: Sequence[str],
+    model: ModelSettings,
+    data_dir: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Floats:
+    """(n, D) unit rows: the texts through the base release that is fitted on them; an item without
+    text has a row of zeros. Kept under `data_dir`, so that the next run does not encode again.
+
+    Raises what `model.releases.build_base` raises.
+    """
+    import torch  # two seconds
+
+    from model.releases import build_base
+
+    torch.set_num_threads(model.threads or max(1, (os.cpu_count() or 2) - 1))
+    folder = data_dir / _FOLDER
+    release = build_base(
+        folder / "releases",
+        model.base,
+        list(texts),
+        model.dimensions,
+        pooling=model.pooling,
+        query_prefix=model.query_prefix,
+        passage_prefix=model.passage_prefix,
+        max_tokens=model.max_tokens,
+        device=model.device,
+        now=datetime.now(UTC),
+        progress=progress,
+    )
+    named = "".join(map(text_version, texts))
+    digest = hashlib.sha256(f"{release.space}{named}".encode()).hexdigest()[:16]
+    file = folder / f"vectors-{digest}.npy"
+    if file.exists():
+        return np.asarray(np.load(file), dtype=np.float32)
+    described = [row for row, text in enumerate(texts) if text.strip()]
+    vectors = np.zeros((len(texts), release.dimensions), dtype=np.float32)
+    encoder = release.load_encoder(device=model.device)
+    for first in range(0, len(described), _TEXTS_AT_ONCE):
+        rows = described[first : first + _TEXTS_AT_ONCE]
+        vectors[rows] = encoder.encode([texts[row] for row in rows])
+        progress(first + len(rows), len(described))
+    draft = file.with_suffix(".draft")
+    with draft.open("wb") as out:
+        np.save(out, vectors)
+    draft.replace(file)
+    return vectors

@@ -1,0 +1,207 @@
+"""`penchant eval`: a report of a small set, as tables, as plain text and as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from model.prequential import NO_ITEM, Events
+from stream.cli import app
+from stream.datasets import load
+from stream.errors import UserError
+from stream.evaluation import (
+    Report,
+    by_last_item,
+    counters,
+    counters_of_order,
+    in_event_time,
+    steps_of_text,
+    untrained_text,
+    with_text,
+)
+from stream.evaluation_data import Recorded, recorded
+from stream.evaluation_view import as_json, plain, render
+
+ITEMS, USERS, DAYS, DAY_MS = 30, 25, 16, 86_400_000
+RANKED = USERS * DAYS * 60 // 100  # the first 40 % are only learned from
+
+
+def shop(name: str = "shop", kinds: int = 1) -> Recorded:
+    """Everybody goes through the catalogue from an item of their own, and comes back to that."""
+    rng = np.random.default_rng(0)
+    day, user = np.divmod(np.arange(DAYS * USERS), USERS)
+    start = rng.integers(0, ITEMS, USERS)
+    item = np.where(day % 4 == 3, start[user], (start[user] + day) % ITEMS)
+    return Recorded(
+        name,
+        Events(
+            user,
+            item.astype(np.int32),
+            (5 - day % kinds * 4).astype(np.uint8),
+            day * DAY_MS,
+            np.ones(len(user), dtype=np.float32),
+        ),
+        [f"user {n}" for n in range(USERS)],
+        [f"item {n}" for n in range(ITEMS)],
+        ["text"] * ITEMS,
+    )
+
+
+def vectors() -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    return np.random.default_rng(1).normal(size=(ITEMS, 6)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    data = shop(kinds=2)
+    return in_event_time(data, counters(data) | untrained_text(data, vectors()))
+
+
+def test_every_slice_has_every_scorer_on_the_same_targets(report: Report) -> None:
+    every = [*report.sections, *report.slices]
+    for section in every:
+        assert [row.name for row in section.rows] == [row.name for row in every[0].rows]
+        counts = {i.count for row in section.rows for i in row.metrics.values()}
+        assert counts == {section.targets}
+    assert {"type purchase", "type view"} <= {section.title for section in every}
+    targets = {section.title: section.targets for section in every}
+    assert targets["repeats"] + targets["discovery"] == targets["all"] == RANKED
+    assert targets["discovery, ranked among the items new to the user"] == targets["discovery"]
+
+
+def test_own_frequency_knows_repeats_and_little_of_discovery(report: Report) -> None:
+    of = {section.title: section for section in report.slices}
+
+    def recall(title: str, name: str) -> float:
+        (row,) = (row for row in of[title].rows if row.name == name)
+        return row.metrics["recall@10"].value
+
+    assert recall("repeats", "own frequency") > 0.9
+    assert recall("discovery", "own frequency") < 0.5
+    assert recall("discovery", "last basket") > 0.6
+
+
+def test_all_are_compared_with_the_strongest(report: Report) -> None:
+    rows = report.sections[0].rows
+    assert report.reference == max(rows, key=lambda r: r.metrics["recall@20"].value).name
+    assert [row.name for row in rows if row.lift is None] == [report.reference]
+    assert all(row.lift.value <= 0 for row in rows if row.lift is not None)
+
+
+def test_what_is_shown_is_measured_once_for_all(report: Report) -> None:
+    first, *rest = report.sections
+    assert all(row.coverage is not None and 0 <= row.coverage <= 1 for row in first.rows)
+    assert all(row.coverage is None for section in rest for row in section.rows)
+
+
+def test_plain_text_is_aligned_and_complete(report: Report) -> None:
+    text = plain(report)
+    for section in report.sections:
+        assert f"{section.title}: {section.targets:,} targets" in text
+    assert all(section.title in text for section in report.slices)
+    table = text.split("\n\n")[1].splitlines()[1:]
+    assert len(table) == 1 + len(report.sections[0].rows)
+    assert len({len(line) for line in table}) == 1
+    assert not any(line != line.rstrip() for line in text.splitlines())
+
+
+def test_a_terminal_gets_the_same_figures(report: Report) -> None:
+    console = Console(width=200, record=True, force_terminal=True, file=io.StringIO())
+    console.print(render(report))
+    shown = console.export_text()
+    cell = plain(report).split("\n\n")[1].splitlines()[2].split()[1]
+    assert cell in shown
+    assert report.sections[-1].title in shown
+    assert "slice" in shown
+
+
+def test_json_is_json_for_every_reader(report: Report) -> None:
+    text = json.dumps(as_json(report), allow_nan=False)
+    found = json.loads(text)
+    assert found["sections"][0]["rows"][0]["metrics"]["recall@20"]["count"] == RANKED
+    assert found["published"] == []
+
+
+def test_by_the_last_item_seen_items_are_masked_and_kept_and_published_figures_stand_beside() -> (
+    None
+):
+    data = shop("amazon_scientific")
+    makers = (
+        counters_of_order(data)
+        | steps_of_text(data, vectors())
+        | dict([with_text(data, vectors())])
+    )
+    report = by_last_item(data, makers)
+    assert [section.targets for section in report.sections] == [USERS, USERS]
+    # Everybody comes back at last to the item they began with: masked, it cannot be found.
+    masked, kept = report.sections
+    assert all(row.metrics["recall@20"].value == 0 for row in masked.rows)
+    assert any(row.metrics["recall@20"].value > 0.9 for row in kept.rows)
+    assert "VQ-Rec" in plain(report)
+    assert as_json(report)["published"][0]["recall@10"] == 0.1238
+
+
+def test_a_set_without_anything_to_foresee_is_refused_in_words() -> None:
+    data = shop()
+    nothing = data.events.take(slice(0, 40))
+    searches = Events(
+        nothing.user,
+        np.full(40, NO_ITEM, dtype=np.int32),
+        nothing.type,
+        nothing.t_ms,
+        nothing.weight,
+    )
+    empty = Recorded("searches", searches, data.user_ids, data.item_ids, data.texts)
+    with pytest.raises(UserError, match="nothing to foresee"):
+        in_event_time(empty, counters(empty))
+    once = Recorded(
+        "once", data.events.take(slice(0, USERS)), data.user_ids, data.item_ids, data.texts
+    )
+    with pytest.raises(UserError, match="nothing to leave out"):
+        by_last_item(once, counters_of_order(once))
+
+
+def test_a_catalogue_too_large_for_pair_counts_is_refused_in_words() -> None:
+    data = shop()
+    large = Recorded("large", data.events, data.user_ids, ["x"] * 30_001, [""] * 30_001)
+    with pytest.raises(UserError, match="30,001 items"):
+        counters(large)
+    with pytest.raises(UserError, match="30,001 items"):
+        counters_of_order(large)
+
+
+def test_a_recorded_set_becomes_columns_with_the_weights_of_profiles() -> None:
+    data = recorded(load("movielens"))
+    assert len(data.events) == 100_000
+    assert len(data.item_ids) == len(data.texts) == 1_682
+    assert data.texts[data.item_ids.index("267")] == ""  # the film without a name
+    assert set(np.unique(data.events.weight).tolist()) == {
+        np.float32(w) for w in (1.0, 0.3, -0.5, -1.0)
+    }
+    assert (np.diff(data.events.t_ms) >= 0).all()
+
+
+def test_the_command_prints_a_table_of_the_set_it_was_given(tmp_path: Path) -> None:
+    user = np.repeat(np.arange(12), 6)
+    pos = np.tile(np.arange(6), 12)
+    write = pyarrow.parquet.write_table
+    events = {"user_id": user, "pos": pos, "item_id": (user + pos) % 9}
+    write(pa.table(events), tmp_path / "tiny_events.parquet")
+    titles = {"item_id": np.arange(9), "title": [f"title {n}" for n in range(9)]}
+    write(pa.table(titles), tmp_path / "tiny_items.parquet")
+    arguments = ["eval", "amazon", "--path", str(tmp_path / "tiny_events.parquet"), "--no-text"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "12 targets of 12 users" in shown.output
+    assert "item-kNN" in shown.output
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
+    assert found["dataset"] == "tiny"
+    assert len(found["sections"]) == 2
