@@ -42,8 +42,8 @@ class Labelled:
     next_type: Int8s  # (m,) its type, -1 = none
     purchase: Int8s  # (m,) 1/0: a purchase within the horizon after t_ms; -1: held back
     returns: Int8s  # (m,) 1/0: any event within the horizon (0 = churn); -1: held back
-    rating: Floats  # (m,) the rating that the event gives, NaN = none
-    label: list[str]  # m: the label that the event gives (of a message), "" = none
+    rating: Floats | None = None  # (m,) the rating that the event gives, NaN = none
+    label: list[str] | None = None  # m: the label that the event gives (of a message), "" = none
 
     def __post_init__(self) -> None:
         """Raises ValueError if the columns do not fit together."""
@@ -54,8 +54,9 @@ class Labelled:
             "item", "type", "t_ms", "weight", "next_item", "next_type", "purchase", "returns",
             "rating", "label",
         ):  # fmt: skip
-            if len(getattr(self, name)) != m:
-                raise ValueError(f"{name} has {len(getattr(self, name))} rows, start says {m}")
+            column = getattr(self, name)
+            if column is not None and len(column) != m:
+                raise ValueError(f"{name} has {len(column)} rows, start says {m}")
 
     def __len__(self) -> int:
         return int(self.start[-1])
@@ -85,6 +86,6 @@ class Labelled:
             next_type=self.next_type[at],
             purchase=self.purchase[at],
             returns=self.returns[at],
-            rating=self.rating[at],
-            label=[self.label[i] for i in at.tolist()],
+            rating=None if self.rating is None else self.rating[at],
+            label=None if self.label is None else [self.label[i] for i in at.tolist()],
         )
