@@ -24,6 +24,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -391,9 +392,9 @@ class Archive:
         unit = 1 if len(found) <= _MOST_HOURS else 24
         buckets = hours // unit
         order = np.argsort(buckets, kind="stable")
-        starts = np.flatnonzero(np.diff(buckets[order], prepend=-1))
+        bounds = [*np.flatnonzero(np.diff(buckets[order], prepend=-1)).tolist(), len(order)]
         table = table.take(order)
-        for begin, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        for begin, end in pairwise(bounds):
             bucket = int(buckets[order[begin]]) * unit
             segment = Segment(
                 day=bucket // 24,
