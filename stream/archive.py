@@ -66,6 +66,8 @@ _MOST_HOURS: Final = 48
 # Segments below this many bytes are merged; a day of one partition that is smaller becomes one.
 _SMALL_BYTES: Final = 4 * 1024 * 1024
 _WRITERS: Final = 16
+# A day of fewer bytes is read at once: a table for each hour costs more than it saves.
+_DAY_AT_ONCE_BYTES: Final = 32 * 1024 * 1024
 _CHUNK_ROWS: Final = 100_000
 _READ_AGAIN: Final = 3
 _TEMP: Final = ".tmp-"
@@ -292,26 +294,25 @@ class Pending:
 
 def columns(source: int, offsets: Sequence[int], batch: Sequence[ev.Event]) -> pa.Table:
     """m events as a table of SCHEMA; a `forget` has the type FORGET."""
-    m, none = len(batch), float("nan")
+    none = float("nan")
     code = {**TYPE_CODE, "forget": FORGET}
-    keys = b"".join(key_bytes(e.event_id) if e.event_id is not None else b"\0" * 8 for e in batch)
+    # Asking a model for a field that it lacks costs more than all the rest.
+    fields = [event.__dict__ for event in batch]
+    ids = [f["event_id"] for f in fields]
+    keys = b"".join([b"\0" * 8 if i is None else key_bytes(i) for i in ids])
+    prices = [none if (price := f.get("price")) is None else price for f in fields]
     arrays = [
-        pa.array(np.full(m, source, np.uint64)),
+        pa.array(np.full(len(batch), source, np.uint64)),
         pa.array(np.array(offsets, np.int64)),
-        pa.array(np.array([e.ts for e in batch], np.int64)),
-        pa.array([e.user_id for e in batch], pa.string()),
-        pa.array(np.array([code[e.type] for e in batch], np.uint8)),
-        pa.array([getattr(e, "item_id", "") for e in batch], pa.string()),
+        pa.array(np.array([f["ts"] for f in fields], np.int64)),
+        pa.array([f["user_id"] for f in fields], pa.string()),
+        pa.array(np.array([code[f["type"]] for f in fields], np.uint8)),
+        pa.array([f.get("item_id", "") for f in fields], pa.string()),
         pa.array(np.frombuffer(keys, "<u8")),
-        pa.array(np.array([getattr(e, "rating", none) for e in batch], np.float32)),
-        pa.array(
-            np.array(
-                [none if (p := getattr(e, "price", None)) is None else p for e in batch],
-                np.float32,
-            )
-        ),
-        pa.array(np.array([getattr(e, "quantity", 0) for e in batch], np.int32)),
-        pa.array([getattr(e, "text", "") or getattr(e, "query", "") for e in batch], pa.string()),
+        pa.array(np.array([f.get("rating", none) for f in fields], np.float32)),
+        pa.array(np.array(prices, np.float32)),
+        pa.array(np.array([f.get("quantity", 0) for f in fields], np.int32)),
+        pa.array([f.get("text") or f.get("query", "") for f in fields], pa.string()),
     ]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
@@ -524,12 +525,12 @@ class Archive:
         `chunk_rows` or more (the last may hold fewer). Never a table without rows."""
         waiting: list[pa.Table] = []
         rows = 0
-        by_day: dict[int, list[Segment]] = defaultdict(list)
-        for segment in self.segments():
+        by_day: dict[int, dict[Segment, int]] = defaultdict(dict)
+        for segment, size in self.segments().items():
             if segment.start_ms < end_ms and segment.end_ms > start_ms:
-                by_day[segment.day].append(segment)
-        for day, segments in sorted(by_day.items()):
-            for table in self._hours(day, segments):
+                by_day[segment.day][segment] = size
+        for day, sizes in sorted(by_day.items()):
+            for table in self._hours(day, sizes):
                 t = table["t_ms"]
                 wanted = table.filter(pc.and_(pc.greater_equal(t, start_ms), pc.less(t, end_ms)))
                 if len(wanted):
@@ -561,24 +562,27 @@ class Archive:
             receipts=sum(name.startswith("receipts/") for name in names),
         )
 
-    def _hours(self, day: int, segments: list[Segment]) -> Iterator[pa.Table]:
-        """The day's events, hour by hour. What is merged or removed meanwhile is looked up anew."""
+    def _hours(self, day: int, sizes: dict[Segment, int]) -> Iterator[pa.Table]:
+        """The day's events, at once or hour by hour. What changes meanwhile is looked up anew."""
         next_hour = 0
         for _ in range(_READ_AGAIN):
             try:
-                for hour, table in self._hours_of(day, segments, next_hour):
+                for hour, table in self._hours_of(day, sizes, next_hour):
                     yield table
                     next_hour = hour + 1
                 return
             except FileNotFoundError:
-                segments = [s for s in self.segments() if s.day == day]
+                sizes = {s: n for s, n in self.segments().items() if s.day == day}
         raise UserError("the archive changes faster than it can be read: try again")
 
     def _hours_of(
-        self, day: int, segments: list[Segment], first_hour: int
+        self, day: int, sizes: dict[Segment, int], first_hour: int
     ) -> Iterator[tuple[int, pa.Table]]:
+        if first_hour == 0 and sum(sizes.values()) <= _DAY_AT_ONCE_BYTES:
+            yield 23, _once(self._all(sizes))
+            return
         by_hour: dict[int, list[Segment]] = defaultdict(list)
-        for segment in segments:
+        for segment in sizes:
             by_hour[segment.hour].append(segment)
         whole = self._all(by_hour.pop(_ALL_DAY, []))
         at = pc.divide(pc.subtract(whole["t_ms"], day * _DAY_MS), HOUR_MS)

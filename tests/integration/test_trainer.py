@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
-from stream.archive import Archive, Folder
+from stream.archive import HOUR_MS, Archive, Folder
 from stream.local_stack import ApacheKafka
 from stream.settings import ArchiveSettings, KafkaSettings, Settings, StreamSettings
 from stream.topics import create_topics
@@ -98,17 +99,26 @@ def test_kills_at_random_moments_lose_and_double_no_event(
     settings: Settings, tmp_path: Path
 ) -> None:
     chance = random.Random(7)
-    rounds, each = 4, 6_000
-    seen_growing = 0
+    archive = Archive(Folder(Path(settings.archive.url)))
+    rounds, each, span_ms = 4, 6_000, 40 * HOUR_MS  # a flush makes 120 segments
+    sent: list[dict[str, Any]] = []
+    uncommitted = 0
     for n in range(rounds):
-        produce(settings, records(each, seed=n, users=500))
-        before = len(archived_ids(settings))
+        values = records(each, seed=n, users=500, span_ms=span_ms)
+        sent += map(json.loads, values)
+        produce(settings, values)
+        before = set(archive.segments())
         with TrainerProcess(settings, tmp_path) as trainer:
-            eventually("it archives", lambda: len(archived_ids(settings)) > before)  # noqa: B023
-            time.sleep(chance.random() * 0.6)
+            # Merges and retries of the rounds before may come first; they are as good to kill.
+            eventually("segments appear", lambda: set(archive.segments()) - before)  # noqa: B023
+            time.sleep(chance.random() * 0.2)
             trainer.process.send_signal(signal.SIGKILL)
-        seen_growing += len(archived_ids(settings)) < (n + 1) * each
-    with TrainerProcess(settings, tmp_path) as trainer:
+            trainer.process.wait()
+        uncommitted += not all_committed(settings)
+    assert uncommitted, "no kill came before its commit: nothing was proved"
+    (tmp_path / "last").mkdir()
+    with TrainerProcess(settings, tmp_path / "last") as trainer:
+        eventually("it reads", lambda: "assigned" in trainer.log)
         eventually("all is committed", lambda: all_committed(settings))
         trainer.process.send_signal(signal.SIGTERM)
         assert trainer.process.wait(60) == 0, trainer.log
@@ -120,9 +130,7 @@ def test_kills_at_random_moments_lose_and_double_no_event(
         for table in Archive(Folder(Path(settings.archive.url))).read()
         for t, u in zip(table["t_ms"].to_pylist(), table["user"].to_pylist(), strict=True)
     }
-    sent = [json.loads(v) for n in range(rounds) for v in records(each, seed=n, users=500)]
     assert events == {(e["ts"], e["user_id"]) for e in sent}
-    print(f"killed before the end of the topic in {seen_growing} of {rounds} rounds")
 
 
 def test_a_stop_writes_and_commits_what_waits(settings: Settings, tmp_path: Path) -> None:

@@ -27,6 +27,12 @@ def archive(tmp_path: Path) -> Archive:
     return Archive(Folder(tmp_path / "archive"))
 
 
+@pytest.fixture(params=["day at once", "hour by hour"])
+def way_of_reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "hour by hour":
+        monkeypatch.setattr("stream.archive._DAY_AT_ONCE_BYTES", -1)
+
+
 @pytest.fixture(scope="module")
 def shop() -> list[ev.Event]:
     return parsed(records(N))
@@ -59,6 +65,7 @@ def test_events_come_back_whole_in_event_time(archive: Archive, shop: list[ev.Ev
         assert (row["rating"] == 4.5) == (event.type == "review")
 
 
+@pytest.mark.usefixtures("way_of_reading")
 def test_a_range_is_read_to_the_millisecond(archive: Archive, shop: list[ev.Event]) -> None:
     write(archive, shop, 0, N)
     start, end = T0_MS + HOUR_MS // 2, T0_MS + 2 * HOUR_MS + 1
@@ -123,6 +130,7 @@ def test_years_in_one_flush_are_kept_by_day(archive: Archive) -> None:
     assert times == sorted(times)
 
 
+@pytest.mark.usefixtures("way_of_reading")
 def test_a_reader_survives_a_merge_in_its_middle(archive: Archive) -> None:
     shop = parsed(records(N, span_ms=2 * DAY_MS))
     for first in range(0, N, 50):
