@@ -342,18 +342,19 @@ def archive_stats(
         print(json.dumps({"url": url, **asdict(stats)}))
         return
     if stats.first_ms is None or stats.end_ms is None:
-        console.print(f"{url} holds no events", highlight=False)
+        console.print(f"{url} holds no events", highlight=False, soft_wrap=True)
         return
     first, end = (
-        datetime.fromtimestamp(ms / 1000, UTC).isoformat(" ", "minutes")
+        f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M}"
         for ms in (stats.first_ms, stats.end_ms)
     )
     console.print(
-        f"{url}\n{stats.rows:,} events, {first} to {end} ({stats.days:,} days with events)\n"
+        f"{url}\n{stats.rows:,} events, {first} to {end} UTC ({stats.days:,} days with events)\n"
         f"{stats.segments:,} segments ({stats.small_segments:,} small) of {stats.sources:,} "
         f"partitions, {stats.size_bytes / 1e6:,.1f} MB\n"
         f"{stats.receipts:,} receipts of erased shoppers",
         highlight=False,
+        soft_wrap=True,
     )
 
 

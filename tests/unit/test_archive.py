@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
 from profiles.schema import EVENT_TYPES
 from stream import events as ev
 from stream.archive import HOUR_MS, Archive, Folder, Segment, archived, open_store, parse_name
+from stream.cli import app
 from stream.contributions import DEFAULT_WEIGHTS
 from stream.errors import UserError
 from stream.labelling import Rules, label
@@ -271,3 +273,17 @@ def test_any_fsspec_url_is_a_store(shop: list[ev.Event]) -> None:
 def test_a_url_that_cannot_be_opened_is_named() -> None:
     with pytest.raises(UserError, match="ARCHIVE_URL 'nowhere://a'"):
         open_store("nowhere://a")
+
+
+def test_archive_stats_answers_people_and_programs(
+    tmp_path: Path, shop: list[ev.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARCHIVE_URL", str(tmp_path / "archive"))
+    ask = CliRunner().invoke
+    assert "holds no events" in ask(app, ["archive", "stats"]).output
+    write(Archive(Folder(tmp_path / "archive")), shop, 0, N)
+    assert "300 events, 2023-11-14 00:00 to 2023-11-14 04:00" in " ".join(
+        ask(app, ["archive", "stats"]).output.split()
+    )
+    answer = json.loads(ask(app, ["archive", "stats", "--json"]).output)
+    assert (answer["rows"], answer["segments"]) == (N, 4)
