@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,12 +47,14 @@ profile_app = typer.Typer(help="Read profiles.", no_args_is_help=True)
 dlq_app = typer.Typer(
     help="The dead-letter topic: records that were rejected.", no_args_is_help=True
 )
+archive_app = typer.Typer(help="The trainer's archive of events.", no_args_is_help=True)
 schema_app = typer.Typer(help="Schemas of events and items.", no_args_is_help=True)
 for name, group in (
     ("topics", topics_app),
     ("release", release_app),
     ("profile", profile_app),
     ("dlq", dlq_app),
+    ("archive", archive_app),
     ("schema", schema_app),
 ):
     app.add_typer(group, name=name)
@@ -319,6 +321,44 @@ def updater() -> None:
             "a live release"
         ) from error
     worker.run()
+
+
+@app.command()
+def trainer() -> None:
+    """Run the side worker: events into the archive. SIGTERM or Ctrl-C writes what waits first."""
+    logging.getLogger().setLevel(logging.INFO)
+    from .trainer_app import Trainer
+
+    Trainer(load_settings()).run()
+
+
+@archive_app.command("stats")
+def archive_stats(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What the archive holds: events, their time, segments, bytes."""
+    from .archive import Archive, open_store
+
+    url = Settings().archive.url
+    stats = Archive(open_store(url)).stats()
+    if as_json:
+        print(json.dumps({"url": url, **asdict(stats)}))
+        return
+    if stats.first_ms is None or stats.end_ms is None:
+        console.print(f"{url} holds no events", highlight=False, soft_wrap=True)
+        return
+    first, end = (
+        f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M}"
+        for ms in (stats.first_ms, stats.end_ms)
+    )
+    console.print(
+        f"{url}\n{stats.rows:,} events, {first} to {end} UTC ({stats.days:,} days with events)\n"
+        f"{stats.segments:,} segments ({stats.small_segments:,} small) of {stats.sources:,} "
+        f"partitions, {stats.size_bytes / 1e6:,.1f} MB\n"
+        f"{stats.receipts:,} receipts of erased shoppers",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 # --- events in -----------------------------------------------------------------------------

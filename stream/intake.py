@@ -115,10 +115,12 @@ class Intake(Service):  # type: ignore[misc]
         topics: Sequence[str],
         deliver: Callable[[MicroBatch], Any],
         on_failure: Callable[[BaseException], None],
+        group: str = "updater",
     ) -> None:
         """`deliver` is awaited in the event loop with each micro-batch; `on_failure` is called
-        there once if the consumer dies."""
+        there once if the consumer dies. `group`: the consumer group, without its namespace."""
         super().__init__()
+        self._group = group
         self._settings = settings
         self._topics = list(topics)
         self._deliver = deliver
@@ -194,6 +196,11 @@ class Intake(Service):  # type: ignore[misc]
         with self._changed:
             return len(self._epochs)
 
+    def draining(self) -> bool:
+        """The consumer waits for what was begun: it stops, or gives partitions back."""
+        with self._changed:
+            return self._stopping or bool(self._leaving)
+
     def stuck(self, now_s: float) -> str:
         """In words what hangs, or "" if nothing does. now_s: monotonic."""
         silent_s, unfinished_s = now_s - self.last_turn_s, now_s - self.last_progress_s
@@ -240,7 +247,7 @@ class Intake(Service):  # type: ignore[misc]
             consumer.close()
 
     def _subscribed(self) -> kafka.Consumer:
-        config = consumer_config(self._settings, self._protocol, self._commit_answered)
+        config = consumer_config(self._settings, self._protocol, self._commit_answered, self._group)
         consumer = kafka.Consumer(config)
         consumer.subscribe(
             self._topics, on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost
@@ -502,7 +509,7 @@ class Intake(Service):  # type: ignore[misc]
                 "no partition was assigned for %.0f s: run no more workers than topics have "
                 "partitions; if there are fewer, look at the group %s with kafka-consumer-groups, "
                 "and restart its workers",
-                _UNEMPLOYED_S, self._settings.topic("updater"),
+                _UNEMPLOYED_S, self._group,
             )  # fmt: skip
 
     def _measure_lag(self, consumer: kafka.Consumer) -> None:
@@ -549,11 +556,14 @@ def client_config(settings: Settings) -> dict[str, Any]:
 
 
 def consumer_config(
-    settings: Settings, protocol: str, on_commit: Callable[[Any, list[Any]], None]
+    settings: Settings,
+    protocol: str,
+    on_commit: Callable[[Any, list[Any]], None],
+    group: str = "updater",
 ) -> dict[str, Any]:
-    """librdkafka properties of the worker's consumer under a group protocol."""
+    """librdkafka properties of a consumer of this group under a group protocol."""
     config = client_config(settings) | {
-        "group.id": settings.topic("updater"),
+        "group.id": settings.topic(group),
         "group.protocol": protocol,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,

@@ -145,6 +145,22 @@ class ProfileSettings(_Group):
     """Event weights by type (JSON); what is not named keeps its default."""
 
 
+class ArchiveSettings(_Group):
+    """Where the trainer keeps events, and for how long (`ARCHIVE_…`)."""
+
+    url: str = ".penchant/archive"
+    """A folder, or any fsspec URL such as `s3://bucket/folder`. One trainer at a time writes."""
+    retention_days: Annotated[float, Field(gt=0)] = 365.0
+    """By event time, before the newest event."""
+    max_gb: Annotated[float, Field(gt=0)] = 50.0
+    """The oldest events go when segments take more (10^9 bytes)."""
+    flush_s: Annotated[float, Field(gt=0)] = 30.0
+    flush_rows: Annotated[int, Field(ge=1)] = 200_000
+    """Segments are written after so long, or so many events."""
+    user_events: Annotated[int, Field(ge=1)] = 2_000
+    """The newest so many events of a shopper are learned from; more is a bot or a flood."""
+
+
 class Settings(BaseSettings):
     """All settings of a process, read from the environment."""
 
@@ -158,6 +174,7 @@ class Settings(BaseSettings):
     stream: StreamSettings = StreamSettings()
     model: ModelSettings = ModelSettings()
     profile: ProfileSettings = ProfileSettings()
+    archive: ArchiveSettings = ArchiveSettings()
 
     def topic(self, name: str) -> str:
         """`events` -> `penchant.events`: every topic and group carries the namespace."""

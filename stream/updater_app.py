@@ -263,7 +263,7 @@ class Worker:
         """Run until a signal; raises what made it stop otherwise."""
         gc.set_threshold(*_GC_THRESHOLDS)
         server = self._serve_metrics()
-        worker = _FaustWorker(
+        worker = FaustWorker(
             self.app, loglevel="INFO", logging_config=None, override_logging=False,
             redirect_stdouts=False, quiet=True,
         )  # fmt: skip
@@ -316,7 +316,7 @@ class Worker:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-class _FaustWorker(faust.Worker):  # type: ignore[misc]
+class FaustWorker(faust.Worker):  # type: ignore[misc]
     """The first signal drains, a second one ends the process at once: what is saved but not
     committed is read again and found applied."""
 

@@ -1,0 +1,626 @@
+"""The archive: every event, as Parquet segments by event-time hour, in a folder or object store.
+
+A segment holds the events of one hour (or day) from one range of offsets of one partition of one
+incarnation of a topic, and its name says so; there is no other record of what is there. It is
+visible when it is complete: in a folder by temp + fsync + rename, in an object store because an
+object appears when its upload ends. Writing a range again overwrites it with the same events. A
+range with other borders, after a crash, leaves copies: reading counts each (source, offset) once,
+and compaction merges them away.
+
+It knows columns and names; it does not know Kafka (`trainer_app.py`) or labels (`labelling.py`).
+One process at a time may change an archive (`lock`); any number may read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from profiles.arithmetic import FORGET
+from profiles.schema import TYPE_CODE, key_bytes
+
+from . import events as ev
+from .errors import UserError
+from .labelling import Archived
+
+SCHEMA: Final = pa.schema(
+    [
+        ("source", pa.uint64()),  # schema.source_key: topic incarnation and partition
+        ("offset", pa.int64()),
+        ("t_ms", pa.int64()),  # event time
+        ("user", pa.string()),
+        ("type", pa.uint8()),  # index into schema.EVENT_TYPES
+        ("item", pa.string()),  # "" = none
+        ("event", pa.uint64()),  # key of the event id, 0 = none
+        ("rating", pa.float32()),  # NaN = none
+        ("price", pa.float32()),  # of one piece, NaN = unknown
+        ("quantity", pa.int32()),
+        ("text", pa.string()),  # of a search, a review, a message
+    ],
+    metadata={"penchant.archive": "1"},
+)
+
+HOUR_MS: Final = 3_600_000
+_DAY_MS: Final = 24 * HOUR_MS
+_ALL_DAY: Final = -1
+# A replay of years in minutes would leave thousands of files per flush, one for each hour.
+_MOST_HOURS: Final = 48
+# Segments below this many bytes are merged; a day of one partition that is smaller becomes one.
+_SMALL_BYTES: Final = 4 * 1024 * 1024
+_WRITERS: Final = 16
+# A day of fewer bytes is read at once: a table for each hour costs more than it saves.
+_DAY_AT_ONCE_BYTES: Final = 32 * 1024 * 1024
+_CHUNK_ROWS: Final = 100_000
+_READ_AGAIN: Final = 3
+_TEMP: Final = ".tmp-"
+_NAME: Final = re.compile(
+    r"day=(\d{4}-\d\d-\d\d)/h(\d\d|xx)-([0-9a-f]{16})-p(\d{4,})-(\d{20})-(\d{20})\.parquet"
+)
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a segment's name says."""
+
+    day: int  # since 1970-01-01
+    hour: int  # of the day; -1 = all of them
+    source: int
+    partition: int
+    first: int  # offset
+    next: int  # offset after the last
+
+    @property
+    def name(self) -> str:
+        """`day=2026-03-01/h13-SOURCE-p0003-FIRST-NEXT.parquet`."""
+        date = (_EPOCH + timedelta(days=self.day)).date().isoformat()
+        hour = "xx" if self.hour == _ALL_DAY else f"{self.hour:02d}"
+        return (
+            f"day={date}/h{hour}-{self.source:016x}-p{self.partition:04d}"
+            f"-{self.first:020d}-{self.next:020d}.parquet"
+        )
+
+    @property
+    def start_ms(self) -> int:
+        """First event time that may be in it."""
+        return self.day * _DAY_MS + max(self.hour, 0) * HOUR_MS
+
+    @property
+    def end_ms(self) -> int:
+        """First event time that is too late for it."""
+        return self.start_ms + (_DAY_MS if self.hour == _ALL_DAY else HOUR_MS)
+
+
+def parse_name(name: str) -> Segment | None:
+    """The segment of this name; None for any other file."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    date, hour, source, partition, first, next_ = match.groups()
+    return Segment(
+        (datetime.fromisoformat(date).replace(tzinfo=UTC) - _EPOCH).days,
+        _ALL_DAY if hour == "xx" else int(hour),
+        int(source, 16),
+        int(partition),
+        int(first),
+        int(next_),
+    )
+
+
+# --- where files are kept
+
+
+class Store(Protocol):
+    """Files by name; each appears complete or not at all."""
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of all complete files."""
+
+    def read(self, name: str) -> Any:
+        """A seekable binary file. FileNotFoundError if it is gone."""
+
+    def write(self, files: Mapping[str, Any]) -> None:
+        """Make or replace files (name -> bytes). All are durable when this returns."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def lock(self) -> Callable[[], None]:
+        """Be the only writer; the way to give that up. UserError if there is another."""
+
+
+class Folder:
+    """A local folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def sizes(self) -> dict[str, int]:
+        found = {}
+        for file in self._path.rglob("*"):
+            if not file.name.startswith("."):
+                with suppress(FileNotFoundError):
+                    if file.is_file():
+                        found[file.relative_to(self._path).as_posix()] = file.stat().st_size
+        return found
+
+    def read(self, name: str) -> Any:
+        return (self._path / name).open("rb")
+
+    def write(self, files: Mapping[str, Any]) -> None:
+        folders = {(self._path / name).parent for name in files}
+        new = [folder for folder in folders if not folder.is_dir()]
+        for folder in new:
+            folder.mkdir(parents=True, exist_ok=True)
+        # Threads wait for the disk together, and it takes many files almost as fast as one.
+        with ThreadPoolExecutor(_WRITERS, "archive-write") as pool:
+            list(pool.map(self._write, files.keys(), files.values()))
+            list(pool.map(_sync, folders | {folder.parent for folder in new}))
+
+    def _write(self, name: str, data: Any) -> None:
+        target = self._path / name
+        temp = target.parent / f"{_TEMP}{secrets.token_hex(8)}"
+        try:
+            with temp.open("wb", buffering=0) as file:
+                left = memoryview(data)
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            temp.rename(target)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+
+    def remove(self, name: str) -> None:
+        (self._path / name).unlink(missing_ok=True)
+
+    def lock(self) -> Callable[[], None]:
+        self._path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self._path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"another trainer writes to {self._path}: stop it, or set ARCHIVE_URL to another "
+                "folder"
+            ) from None
+        for temp in self._path.rglob(f"{_TEMP}*"):  # of a writer that died
+            temp.unlink(missing_ok=True)
+        return lambda: os.close(handle)
+
+
+class ObjectStore:
+    """Any fsspec file system. An object appears when its upload is complete. There is no lock:
+    that only one trainer writes to it is up to who starts them."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"ARCHIVE_URL {url!r} cannot be opened: {error}") from error
+
+    def sizes(self) -> dict[str, int]:
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.find(self._root, detail=True)
+        except FileNotFoundError:
+            return {}
+        root = self._root.strip("/")
+        return {
+            path.strip("/").removeprefix(root).lstrip("/"): info["size"]
+            for path, info in found.items()
+        }
+
+    def read(self, name: str) -> Any:
+        return self._fs.open(f"{self._root}/{name}", "rb")
+
+    def write(self, files: Mapping[str, Any]) -> None:
+        with ThreadPoolExecutor(_WRITERS, "archive-write") as pool:
+            paths = [f"{self._root}/{name}" for name in files]
+            list(pool.map(self._fs.pipe_file, paths, map(bytes, files.values())))
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root}/{name}")
+
+    def lock(self) -> Callable[[], None]:
+        return lambda: None
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_store(url: str) -> Store:
+    """The store of a path or an fsspec URL (`s3://bucket/folder`)."""
+    if "://" not in url:
+        return Folder(Path(url))
+    return Folder(Path(url[7:])) if url.startswith("file://") else ObjectStore(url)
+
+
+# --- events -> columns
+
+
+@dataclass
+class Pending:
+    """Events of one partition on their way into segments."""
+
+    source: int
+    partition: int
+    first: int
+    next: int
+    tables: list[pa.Table] = field(default_factory=list)
+    forgets: dict[str, int] = field(default_factory=dict)  # user -> offset of the newest command
+
+    def add(self, offsets: Sequence[int], batch: Sequence[ev.Event], next_offset: int) -> None:
+        """Take m validated events with their offsets, and note commands to forget."""
+        for offset, event in zip(offsets, batch, strict=True):
+            if event.type == "forget":
+                self.forgets[event.user_id] = offset
+        self.tables.append(columns(self.source, offsets, batch))
+        self.next = next_offset
+
+    def table(self) -> pa.Table:
+        """What is to be written: all but commands, and what they erase."""
+        table = pa.concat_tables(self.tables)
+        table = table.filter(pc.not_equal(table["type"], FORGET))
+        return _without(table, self.source, self.forgets)
+
+
+def columns(source: int, offsets: Sequence[int], batch: Sequence[ev.Event]) -> pa.Table:
+    """m events as a table of SCHEMA; a `forget` has the type FORGET."""
+    none = float("nan")
+    code = {**TYPE_CODE, "forget": FORGET}
+    # Asking a model for a field that it lacks costs more than all the rest.
+    fields = [event.__dict__ for event in batch]
+    ids = [f["event_id"] for f in fields]
+    keys = b"".join([b"\0" * 8 if i is None else key_bytes(i) for i in ids])
+    prices = [none if (price := f.get("price")) is None else price for f in fields]
+    arrays = [
+        pa.array(np.full(len(batch), source, np.uint64)),
+        pa.array(np.array(offsets, np.int64)),
+        pa.array(np.array([f["ts"] for f in fields], np.int64)),
+        pa.array([f["user_id"] for f in fields], pa.string()),
+        pa.array(np.array([code[f["type"]] for f in fields], np.uint8)),
+        pa.array([f.get("item_id", "") for f in fields], pa.string()),
+        pa.array(np.frombuffer(keys, "<u8")),
+        pa.array(np.array([f.get("rating", none) for f in fields], np.float32)),
+        pa.array(np.array(prices, np.float32)),
+        pa.array(np.array([f.get("quantity", 0) for f in fields], np.int32)),
+        pa.array([f.get("text") or f.get("query", "") for f in fields], pa.string()),
+    ]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def archived(tables: Iterable[pa.Table]) -> Archived:
+    """Columns for labelling, users and items as codes."""
+    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    user = table["user"].combine_chunks().dictionary_encode()
+    item = table["item"].combine_chunks().dictionary_encode()
+    item_ids = item.dictionary.to_pylist()
+    item_code = item.indices.to_numpy().astype(np.int32)
+    if "" in item_ids:
+        item_code[item_code == item_ids.index("")] = -1
+    return Archived(
+        users=user.dictionary.to_pylist(),
+        item_ids=item_ids,
+        user=user.indices.to_numpy().astype(np.int32),
+        item=item_code,
+        type=table["type"].to_numpy(),
+        t_ms=table["t_ms"].to_numpy(),
+        event=table["event"].to_numpy(),
+        rating=table["rating"].to_numpy(),
+        label=np.full(len(table), "", object),
+        source=table["source"].to_numpy(),
+        offset=table["offset"].to_numpy(),
+    )
+
+
+def _without(table: pa.Table, source: int, forgets: dict[str, int]) -> pa.Table:
+    """The rows that these commands, given in partition `source`, leave. In another partition
+    everything of the user goes: what came after the command cannot be told there."""
+    if not forgets:
+        return table
+    at = pc.index_in(table["user"], pa.array(list(forgets), pa.string()))
+    until = pc.take(pa.array(list(forgets.values()), pa.int64()), at)
+    same = pc.equal(table["source"], pa.scalar(source, pa.uint64()))
+    gone = pc.and_(pc.is_valid(at), pc.or_(pc.invert(same), pc.less(table["offset"], until)))
+    return table.filter(pc.invert(pc.fill_null(gone, False)))
+
+
+# --- the archive
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What is in an archive."""
+
+    segments: int
+    size_bytes: int
+    rows: int
+    """As stored: copies of a range that a crash left are counted until they are merged."""
+    first_ms: int | None
+    """Of the earliest segment's hour; None for an empty archive."""
+    end_ms: int | None
+    days: int
+    sources: int
+    small_segments: int
+    receipts: int
+
+
+class Archive:
+    """Segments in a store. Writers hold `lock()`."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def lock(self) -> Callable[[], None]:
+        """Be the only writer; returns the way to give that up. Raises UserError."""
+        return self.store.lock()
+
+    def segments(self) -> dict[Segment, int]:
+        """Segment -> bytes, in event-time order."""
+        found = {
+            segment: size
+            for name, size in self.store.sizes().items()
+            if (segment := parse_name(name)) is not None
+        }
+        return dict(sorted(found.items(), key=lambda x: (x[0].start_ms, x[0].name)))
+
+    # --- writing
+
+    def write(self, pending: Pending) -> int:
+        """Put events into segments, and erase what their commands to forget name. All is durable
+        when this returns; the rows written. It may be repeated, with these or other borders."""
+        table = pending.table()
+        hours = pc.divide(table["t_ms"], HOUR_MS).to_numpy()
+        found = np.unique(hours)
+        unit = 1 if len(found) <= _MOST_HOURS else 24
+        buckets = hours // unit
+        order = np.argsort(buckets, kind="stable")
+        bounds = [*np.flatnonzero(np.diff(buckets[order], prepend=-1)).tolist(), len(order)]
+        table = table.take(order)
+        files = {}
+        for begin, end in pairwise(bounds):
+            bucket = int(buckets[order[begin]]) * unit
+            segment = Segment(
+                day=bucket // 24,
+                hour=bucket % 24 if unit == 1 else _ALL_DAY,
+                source=pending.source,
+                partition=pending.partition,
+                first=pending.first,
+                next=pending.next,
+            )
+            files[segment.name] = _parquet(table.slice(begin, end - begin))
+        self._write(files)
+        if pending.forgets:
+            self.forget(pending.source, pending.forgets)
+        return len(table)
+
+    def forget(self, source: int, forgets: dict[str, int]) -> int:
+        """Erase users' rows that came before their commands (user -> offset in `source`), and
+        leave a receipt of each that names the user by a hash. Rows erased."""
+        removed: dict[str, int] = dict.fromkeys(forgets, 0)
+        users = pa.array(list(forgets), pa.string())
+        for segment in self.segments():
+            known = self._load(segment, ["user"])
+            if not pc.any(pc.is_in(known["user"], users)).as_py():
+                continue
+            table = self._load(segment)
+            left = _without(table, source, forgets)
+            if len(left) == len(table):
+                continue
+            for user in forgets:
+                before, after = (_count(t, user) for t in (table, left))
+                removed[user] += before - after
+            if len(left):
+                self._write({segment.name: _parquet(left)})
+            else:
+                self.store.remove(segment.name)
+        present = self.store.sizes()
+        for user, offset in forgets.items():
+            name = hashlib.sha256(user.encode()).hexdigest()
+            path = f"receipts/{name[:16]}-{source:016x}-{offset:020d}.json"
+            # A repeat after a crash finds fewer rows, perhaps none: the first receipt stands.
+            if removed[user] or path not in present:
+                receipt = {
+                    "user_sha256": name,
+                    "source": f"{source:016x}",
+                    "offset": offset,
+                    "rows": removed[user],
+                }
+                self._write({path: json.dumps(receipt).encode()})
+        return sum(removed.values())
+
+    def compact(self) -> int:
+        """Merge small segments: those of one hour and partition, and all of a day and partition
+        if they are few bytes together. Segments saved."""
+        by_day: dict[tuple[int, int, int], dict[Segment, int]] = defaultdict(dict)
+        present = self.segments()
+        for segment, size in present.items():
+            by_day[segment.day, segment.source, segment.partition][segment] = size
+        newest = max((day for day, _, _ in by_day), default=0)
+        saved = 0
+        for (day, _, _), sizes in by_day.items():
+            if day < newest and sum(sizes.values()) <= _SMALL_BYTES:
+                saved += self._merge(list(sizes), _ALL_DAY, present)
+                continue
+            by_hour: dict[int, list[Segment]] = defaultdict(list)
+            for segment, size in sizes.items():
+                if size <= _SMALL_BYTES:
+                    by_hour[segment.hour].append(segment)
+            saved += sum(self._merge(parts, hour, present) for hour, parts in by_hour.items())
+        return saved
+
+    def expire(self, retention_ms: int, max_bytes: int) -> int:
+        """Remove segments that ended so long before the newest event time, and then the oldest
+        until the rest fits. Segments removed. Age is event time: a replay of 1998 is not old."""
+        sizes = self.segments()
+        if not sizes:
+            return 0
+        newest_ms = max(segment.end_ms for segment in sizes)
+        total, removed = sum(sizes.values()), 0
+        for segment, size in sizes.items():
+            if segment.end_ms > newest_ms - retention_ms and total <= max_bytes:
+                continue
+            self.store.remove(segment.name)
+            total -= size
+            removed += 1
+        return removed
+
+    def _merge(self, segments: list[Segment], hour: int, present: Container[Segment]) -> int:
+        if len(segments) < 2:
+            return 0
+        first, next_ = min(s.first for s in segments), max(s.next for s in segments)
+        merged = replace(segments[0], hour=hour, first=first, next=next_)
+        # A large segment may have the name already, and hold what lies between the small ones.
+        parts = dict.fromkeys([*segments, *([merged] if merged in present else [])])
+        self._write({merged.name: _parquet(_once(self._all(parts)))})
+        # A crash before the next line leaves copies, which reading and the next merge see through.
+        for segment in parts:
+            if segment != merged:
+                self.store.remove(segment.name)
+        return len(parts) - 1
+
+    def _write(self, files: Mapping[str, Any]) -> None:
+        try:
+            self.store.write(files)
+        except OSError as error:
+            raise UserError(
+                f"the archive cannot be written to: {error.strerror or error}; make room or mend "
+                "ARCHIVE_URL, and start again: nothing is lost, as nothing of it is committed"
+            ) from error
+
+    # --- reading
+
+    def read(
+        self, start_ms: int = 0, end_ms: int = ev.MAX_TS_MS + 1, chunk_rows: int = _CHUNK_ROWS
+    ) -> Iterator[pa.Table]:
+        """Events of a time range in event-time order, each once, in tables of SCHEMA of
+        `chunk_rows` or more (the last may hold fewer). Never a table without rows."""
+        waiting: list[pa.Table] = []
+        rows = 0
+        by_day: dict[int, dict[Segment, int]] = defaultdict(dict)
+        for segment, size in self.segments().items():
+            if segment.start_ms < end_ms and segment.end_ms > start_ms:
+                by_day[segment.day][segment] = size
+        for day, sizes in sorted(by_day.items()):
+            for table in self._hours(day, sizes):
+                t = table["t_ms"]
+                wanted = table.filter(pc.and_(pc.greater_equal(t, start_ms), pc.less(t, end_ms)))
+                if len(wanted):
+                    waiting.append(wanted)
+                    rows += len(wanted)
+                if rows >= chunk_rows:
+                    yield pa.concat_tables(waiting)
+                    waiting, rows = [], 0
+        if waiting:
+            yield pa.concat_tables(waiting)
+
+    def stats(self) -> Stats:
+        """What is there. Reads the foot of each segment."""
+        sizes = self.segments()
+        rows = 0
+        for segment in sizes:
+            with suppress(FileNotFoundError), self.store.read(segment.name) as file:
+                rows += pq.read_metadata(file).num_rows
+        names = self.store.sizes()
+        return Stats(
+            segments=len(sizes),
+            size_bytes=sum(sizes.values()),
+            rows=rows,
+            first_ms=min((s.start_ms for s in sizes), default=None),
+            end_ms=max((s.end_ms for s in sizes), default=None),
+            days=len({s.day for s in sizes}),
+            sources=len({s.source for s in sizes}),
+            small_segments=sum(size <= _SMALL_BYTES for size in sizes.values()),
+            receipts=sum(name.startswith("receipts/") for name in names),
+        )
+
+    def _hours(self, day: int, sizes: dict[Segment, int]) -> Iterator[pa.Table]:
+        """The day's events, at once or hour by hour. What changes meanwhile is looked up anew."""
+        next_hour = 0
+        for _ in range(_READ_AGAIN):
+            try:
+                for hour, table in self._hours_of(day, sizes, next_hour):
+                    yield table
+                    next_hour = hour + 1
+                return
+            except FileNotFoundError:
+                sizes = {s: n for s, n in self.segments().items() if s.day == day}
+        raise UserError("the archive changes faster than it can be read: try again")
+
+    def _hours_of(
+        self, day: int, sizes: dict[Segment, int], first_hour: int
+    ) -> Iterator[tuple[int, pa.Table]]:
+        if first_hour == 0 and sum(sizes.values()) <= _DAY_AT_ONCE_BYTES:
+            yield 23, _once(self._all(sizes))
+            return
+        by_hour: dict[int, list[Segment]] = defaultdict(list)
+        for segment in sizes:
+            by_hour[segment.hour].append(segment)
+        whole = self._all(by_hour.pop(_ALL_DAY, []))
+        at = pc.divide(pc.subtract(whole["t_ms"], day * _DAY_MS), HOUR_MS)
+        for hour in sorted(by_hour.keys() | set(pc.unique(at).to_pylist())):
+            if hour >= first_hour:
+                parts = [whole.filter(pc.equal(at, hour)), self._all(by_hour.get(hour, []))]
+                yield hour, _once(pa.concat_tables(parts))
+
+    def _all(self, segments: Iterable[Segment]) -> pa.Table:
+        """FileNotFoundError if one is gone."""
+        return pa.concat_tables([SCHEMA.empty_table(), *(self._load(s) for s in segments)])
+
+    def _load(self, segment: Segment, names: list[str] | None = None) -> pa.Table:
+        try:
+            with self.store.read(segment.name) as file:
+                return pq.read_table(file, columns=names)
+        except pa.ArrowInvalid as error:
+            raise UserError(
+                f"{segment.name} in the archive cannot be read ({error}): restore it or delete it"
+            ) from error
+
+
+def _parquet(table: pa.Table) -> Any:
+    sink = pa.BufferOutputStream()
+    dictionaries = ["user", "item", "source", "type"]
+    pq.write_table(table, sink, compression="zstd", use_dictionary=dictionaries)
+    return sink.getvalue()
+
+
+def _once(table: pa.Table) -> pa.Table:
+    """Each (source, offset) once, in the order of event time, source and offset."""
+    t, source, offset = (table[name].to_numpy() for name in ("t_ms", "source", "offset"))
+    order = np.lexsort((offset, source, t))
+    s, o = source[order], offset[order]
+    new = np.ones(len(order), np.bool_)
+    new[1:] = (s[1:] != s[:-1]) | (o[1:] != o[:-1])
+    return table.take(order[new])
+
+
+def _count(table: pa.Table, user: str) -> int:
+    return int(pc.sum(pc.equal(table["user"], user)).as_py() or 0)

@@ -1,0 +1,220 @@
+"""Archived events -> labelled windows.
+
+PURE. It knows event types and what a label means; it does not know files, Kafka or models.
+
+The result is a function of the set of events alone. Rows may come in any order, in any pieces,
+and more than once (a segment read twice, ranges that overlap after a crash): each offset of a
+source counts once, and event time orders what is left.
+
+No label looks back: it is made of events after the one that ends the window, and the window of
+events up to that one. A label whose horizon has not passed at `now_ms` is held back, also where
+its answer is known already: otherwise the newest windows would be positive or absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.windows import (
+    HELD_BACK,
+    NO_ITEM,
+    Bools,
+    Floats,
+    Int8s,
+    Int32s,
+    Ints,
+    Labelled,
+    Types,
+)
+from profiles.arithmetic import FORGET
+
+Keys64 = NDArray[np.uint64]
+
+_DAY_MS: Final = 86_400_000
+_NEUTRAL_RATING: Final = 3.0
+_RATING_SPAN: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Archived:
+    """n archived events, in any order."""
+
+    users: list[str]  # names of the codes in `user`
+    item_ids: list[str]  # names of the codes in `item`
+    user: Int32s  # (n,)
+    item: Int32s  # (n,) -1 = none
+    type: Types  # (n,) index into the event types, or FORGET
+    t_ms: Ints  # (n,) event time
+    event: Keys64  # (n,) key of the event id, 0 = none
+    rating: Floats  # (n,) NaN = none
+    label: NDArray[np.object_]  # (n,) str, "" = none
+    source: Keys64  # (n,) key of the partition that the event came from
+    offset: Ints  # (n,) in that partition
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How windows are labelled."""
+
+    weights: Mapping[str, float]  # by event type; a review's is scaled by its rating
+    purchase_ms: int = 7 * _DAY_MS
+    returns_ms: int = 30 * _DAY_MS
+    user_events: int = 2_000
+    """The newest so many events of a user are kept: a bot, or a flood, is one voice of many."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be."""
+        for name in ("purchase_ms", "returns_ms", "user_events"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+
+
+def signed_weights(
+    type_: Types, rating: Floats, types: Sequence[str], weights: Mapping[str, float]
+) -> Floats:
+    """(n,) what each event is worth: its type's weight, a review's times (rating - 3) / 2."""
+    table = np.zeros(256, np.float32)
+    table[: len(types)] = [weights.get(name, 0.0) for name in types]
+    out: Floats = table[type_]
+    rated = (type_ == types.index("review")) & ~np.isnan(rating)
+    out[rated] *= (rating[rated] - _NEUTRAL_RATING) / _RATING_SPAN
+    return out
+
+
+def label(
+    events: Archived,
+    catalogue: Mapping[str, int],
+    types: Sequence[str],
+    rules: Rules,
+    now_ms: int,
+) -> Labelled:
+    """Windows of all users. `catalogue`: item id -> row; `now_ms`: the archive's latest event time.
+
+    Events of unknown items keep their place in the window with item -1, and are no next item.
+    """
+    e = _take(events, _once(events.source, events.offset))
+    e = _take(e, np.flatnonzero(~_forgotten(e)))
+    user = _ranks(e.users)[e.user] if len(e) else e.user
+    order = np.lexsort((e.offset, e.source, e.t_ms, user))
+    e, user = _take(e, order), user[order]
+    fresh = np.flatnonzero(_is_first_of_its_id(user, e.event))
+    e, user = _take(e, fresh), user[fresh]
+
+    n = len(e)
+    begins = np.flatnonzero(np.diff(user, prepend=-1))
+    bounds = np.append(begins, n)
+    end = np.repeat(bounds[1:], np.diff(bounds))
+    weight = signed_weights(e.type, e.rating, types, rules.weights)
+    rows = np.array([catalogue.get(i, NO_ITEM) for i in e.item_ids] + [NO_ITEM], np.int32)
+    item = rows[e.item]  # code -1 is the last row: no item
+
+    next_at = _next((weight > 0) & (item != NO_ITEM), end)
+    found = next_at < end
+    next_at = np.where(found, next_at, 0)
+    # What the shop shows is no act of the shopper's.
+    acts = e.type != types.index("impression")
+    columns: dict[str, Any] = {
+        "item": item,
+        "type": e.type,
+        "t_ms": e.t_ms,
+        "weight": weight,
+        "next_item": np.where(found, item[next_at] if n else 0, HELD_BACK).astype(np.int32),
+        "next_type": np.where(found, e.type[next_at] if n else 0, HELD_BACK).astype(np.int8),
+        "purchase": _within(
+            e.type == types.index("purchase"), e.t_ms, end, rules.purchase_ms, now_ms
+        ),
+        "returns": _within(acts, e.t_ms, end, rules.returns_ms, now_ms),
+        "rating": e.rating,
+    }
+    kept = np.flatnonzero(end - np.arange(n) <= rules.user_events)
+    sizes = np.minimum(np.diff(bounds), rules.user_events)
+    return Labelled(
+        start=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)]),
+        user=[e.users[code] for code in e.user[begins].tolist()],
+        label=e.label[kept].tolist(),
+        **{name: column[kept] for name, column in columns.items()},
+    )
+
+
+def _take(events: Archived, at: NDArray[np.intp]) -> Archived:
+    columns = {
+        f.name: getattr(events, f.name)[at]
+        for f in fields(events)
+        if f.name not in ("users", "item_ids")
+    }
+    return Archived(events.users, events.item_ids, **columns)
+
+
+def _once(source: Keys64, offset: Ints) -> NDArray[np.intp]:
+    """One row of each (source, offset): copies are equal, so it does not matter which."""
+    order: NDArray[np.intp] = np.lexsort((offset, source))
+    s, o = source[order], offset[order]
+    new = np.ones(len(order), np.bool_)
+    new[1:] = (s[1:] != s[:-1]) | (o[1:] != o[:-1])
+    once: NDArray[np.intp] = order[new]
+    return once
+
+
+def _forgotten(e: Archived) -> Bools:
+    """Commands to forget, and what they erase: what came before in their partition; and in
+    partitions where the user has no such command, what is not newer by event time."""
+    command = e.type == FORGET
+    gone: Bools = command.copy()
+    if not command.any():
+        return gone
+    latest_ms = np.full(len(e.users), np.iinfo(np.int64).min)
+    np.maximum.at(latest_ms, e.user[command], e.t_ms[command])
+    sources, source = np.unique(e.source, return_inverse=True)
+    place = e.user.astype(np.int64) * len(sources) + source
+    places, last = np.unique(place[command], return_inverse=True)
+    until = np.full(len(places), -1, np.int64)
+    np.maximum.at(until, last, e.offset[command])
+    at = np.minimum(np.searchsorted(places, place), len(places) - 1)
+    here = places[at] == place
+    gone |= here & (e.offset < until[at])
+    gone |= ~here & (e.t_ms <= latest_ms[e.user])
+    return gone
+
+
+def _ranks(names: Sequence[str]) -> Int32s:
+    """(u,) place of each name among the sorted names."""
+    ranks = np.empty(len(names), np.int32)
+    ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names), dtype=np.int32)
+    return ranks
+
+
+def _is_first_of_its_id(user: Int32s, event: Keys64) -> Bools:
+    """(n,) False for later events of the same user and id. The rows are in order."""
+    first: Bools = event == 0
+    named = np.flatnonzero(~first)
+    order = named[np.lexsort((named, event[named], user[named]))]
+    new = np.ones(len(order), np.bool_)
+    new[1:] = (user[order[1:]] != user[order[:-1]]) | (event[order[1:]] != event[order[:-1]])
+    first[order[new]] = True
+    return first
+
+
+def _next(wanted: Bools, end: Ints) -> Ints:
+    """(n,) index of the next wanted row after each row; `end` or more where its user has none."""
+    n = len(wanted)
+    at = np.append(np.where(wanted, np.arange(n), n), n)
+    nearest: Ints = np.minimum.accumulate(at[::-1])[::-1][1:]
+    return nearest
+
+
+def _within(wanted: Bools, t_ms: Ints, end: Ints, horizon_ms: int, now_ms: int) -> Int8s:
+    """(n,) 1 where a wanted row of the same user follows within the horizon, else 0; held back
+    until a further event of that time can no longer be within it."""
+    at = _next(wanted, end)
+    found = at < end
+    near = found & (t_ms[np.where(found, at, 0)] - t_ms <= horizon_ms) if len(t_ms) else found
+    out: Int8s = np.where(t_ms + horizon_ms < now_ms, near, HELD_BACK).astype(np.int8)
+    return out

@@ -1,0 +1,240 @@
+"""The side worker as a Faust app: intake service -> channel -> agent -> archive. Only wiring.
+
+It reads the events topic in a consumer group of its own, so it neither waits for the updater nor
+makes it wait. Micro-batches are parsed as they come and written together; their offsets are
+committed once their segments are durable. What is no event is left to the updater, which sends it
+to the dead-letter topic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from mode import Service
+
+from . import events as ev
+from . import metrics
+from .archive import Archive, Pending, open_store
+from .errors import UserError
+from .intake import Intake, MicroBatch
+from .settings import ArchiveSettings, Settings
+from .topics import connect
+from .updater_app import FaustWorker, UpdaterApp
+
+log = logging.getLogger(__name__)
+
+GROUP: Final = "trainer"
+_GB: Final = 10**9
+_DAY_MS: Final = 86_400_000
+# The intake holds batches back until they are done, and they are done when they are written: so
+# it must allow more of them than a flush holds. Large ones, gathered slowly, keep them few.
+_BATCHES: Final = 40
+_AHEAD: Final = 8
+_BATCH_RECORDS: Final = 16_384
+_GATHER_MS: Final = 500.0
+_LOOK_S: Final = 0.1
+_TIDY_EVERY_S: Final = 60.0
+
+
+class Ingest:
+    """Micro-batches -> archive. One thread at a time."""
+
+    def __init__(self, archive: Archive, settings: ArchiveSettings, max_ahead_ms: int) -> None:
+        self._archive = archive
+        self._settings = settings
+        self._max_ahead_ms = max_ahead_ms
+        self._pending: dict[tuple[str, int, int], Pending] = {}
+        self._batches: list[MicroBatch] = []
+        self._rows = 0
+        self._since_s = time.monotonic()
+        self._tidied_s = time.monotonic()
+
+    @property
+    def waiting(self) -> int:
+        """Micro-batches taken and not yet durable."""
+        return len(self._batches)
+
+    def take(self, batch: MicroBatch) -> None:
+        """Parse a micro-batch and keep its events for the next flush."""
+        if not self._batches:
+            self._since_s = time.monotonic()
+        self._batches.append(batch)
+        for piece in batch.slices:
+            parsed = ev.parse(piece.values, piece.timestamps_ms, self._max_ahead_ms)
+            key = (piece.topic, piece.partition, piece.epoch)
+            pending = self._pending.get(key)
+            if pending is None:
+                first = piece.offsets[0]
+                pending = Pending(piece.source, piece.partition, first, first)
+                self._pending[key] = pending
+            offsets = [piece.offsets[i] for i in parsed.index]
+            pending.add(offsets, parsed.events, piece.next_offset)
+            self._rows += len(parsed.events)
+
+    def due(self) -> bool:
+        """Whether there is enough, or it has waited long enough."""
+        settings, waited_s = self._settings, time.monotonic() - self._since_s
+        return bool(self._batches) and (
+            self._rows >= settings.flush_rows
+            or waited_s >= settings.flush_s
+            or len(self._batches) >= _BATCHES
+        )
+
+    def flush(self) -> list[MicroBatch]:
+        """Write what waits; the micro-batches that are durable now."""
+        for pending in self._pending.values():
+            self._archive.write(pending)
+        done, self._batches = self._batches, []
+        self._pending, self._rows = {}, 0
+        return done
+
+    def tidy(self, *, now: bool = False) -> None:
+        """Once in a while: retention by age and size, and small segments merged."""
+        if not now and time.monotonic() - self._tidied_s < _TIDY_EVERY_S:
+            return
+        settings = self._settings
+        expired = self._archive.expire(
+            int(settings.retention_days * _DAY_MS), int(settings.max_gb * _GB)
+        )
+        saved = self._archive.compact()
+        if expired or saved:
+            log.info("archive: %d segments expired, %d merged away", expired, saved)
+        self._tidied_s = time.monotonic()
+
+
+class _Clock(Service):  # type: ignore[misc]
+    """Calls `look` every so often."""
+
+    def __init__(self, look: Callable[[], Awaitable[None]]) -> None:
+        super().__init__()
+        self._look = look
+
+    @Service.task  # type: ignore[untyped-decorator]
+    async def _tick(self) -> None:
+        while not self.should_stop:
+            await asyncio.sleep(_LOOK_S)
+            await self._look()
+
+
+class Trainer:
+    """One trainer process. It archives; what is to run beside that (fine-tuning on a schedule) is
+    a Faust service in `services`, started after the intake and stopped before it."""
+
+    def __init__(self, settings: Settings, services: tuple[Any, ...] = ()) -> None:
+        """Lock the archive and look for the topic. Raises UserError."""
+        topics = [settings.topic("events")]
+        _, metadata = connect(settings.kafka)
+        missing = [name for name in topics if name not in metadata.topics]
+        if missing:
+            raise UserError(f"no topic {', '.join(missing)}: run `penchant topics create`")
+        try:
+            self.archive = Archive(open_store(settings.archive.url))
+            self._unlock: Callable[[], None] = self.archive.lock()
+        except OSError as error:
+            raise UserError(
+                f"cannot use {settings.archive.url}: {error.strerror}; make it a folder that can "
+                "be written to, or name another in ARCHIVE_URL"
+            ) from error
+        self._ingest = Ingest(
+            self.archive, settings.archive, int(settings.stream.max_ahead_s * 1000)
+        )
+        self._thread = ThreadPoolExecutor(1, "archive")
+        self.error: BaseException | None = None
+        settings.stream.data_dir.mkdir(parents=True, exist_ok=True)
+        self.app = UpdaterApp(
+            settings.topic(GROUP),
+            broker=f"kafka://{settings.kafka.bootstrap}",
+            datadir=settings.stream.data_dir / "faust-trainer",
+            store="memory://",
+            web_enabled=False,
+            topic_disable_leader=True,
+            autodiscover=False,
+        )
+        self._channel = self.app.channel()
+        stream = settings.stream.model_copy(
+            update={
+                "batch_records": _BATCH_RECORDS,
+                "batch_deadline_ms": min(_GATHER_MS, settings.archive.flush_s * 1000),
+                "buffered_batches": _BATCHES + _AHEAD,
+            }
+        )
+        self.intake = Intake(
+            settings.model_copy(update={"stream": stream}),
+            topics,
+            self._channel.put,
+            self._failed,
+            GROUP,
+        )
+        # Stopped in reverse: while the intake drains, something must write what it waits for.
+        self.app.penchant_services = (_Clock(self.look), self.intake, *services)
+
+        @self.app.agent(self._channel, name=GROUP)  # type: ignore[untyped-decorator]
+        async def ingest(batches: Any) -> None:
+            # As in the updater: nothing leaves the agent, a failure stops the process.
+            async for batch in batches:
+                try:
+                    await self._take(batch)
+                except Exception as error:
+                    self._failed(error)
+                    await asyncio.Event().wait()
+
+    async def look(self) -> None:
+        """Write what is due, or what the intake waits for."""
+        try:
+            await self._flush()
+        except Exception as error:
+            self._failed(error)
+
+    def run(self) -> None:
+        """Run until a signal; raises what made it stop otherwise."""
+        worker = FaustWorker(
+            self.app, loglevel="INFO", logging_config=None, override_logging=False,
+            redirect_stdouts=False, quiet=True,
+        )  # fmt: skip
+        worker.spinner = None
+        try:
+            worker.execute_from_commandline()
+        except SystemExit as stop:
+            if stop.code and self.error is None:
+                raise
+        finally:
+            self._thread.shutdown()
+            self._unlock()
+        if self.error is not None:
+            raise self.error
+
+    async def _take(self, batch: MicroBatch) -> None:
+        begun = self.intake.begin(batch)
+        metrics.BATCH_RECORDS.observe(begun.records)
+        await self._call(lambda: self._ingest.take(begun))
+        await self._flush()
+
+    async def _flush(self) -> None:
+        for batch in await self._call(self._written):
+            self.intake.done(batch)
+
+    def _written(self) -> list[MicroBatch]:
+        """The batches that are durable now. On the archive's thread, so one at a time."""
+        if not (self._ingest.due() or self.intake.draining()):
+            return []
+        done = self._ingest.flush()
+        if not self.intake.draining():
+            self._ingest.tidy()
+        return done
+
+    async def _call(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.wrap_future(self._thread.submit(work))
+
+    def _failed(self, error: BaseException) -> None:
+        """Remember the first failure and stop the process, in order."""
+        if self.error is None:
+            self.error = error
+            self.intake.abort()
+            os.kill(os.getpid(), signal.SIGTERM)

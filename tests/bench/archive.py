@@ -1,0 +1,85 @@
+"""How fast events become segments, and segments windows: `python -m tests.bench.archive`.
+
+Prints and never asserts. One process, no broker: JSON records of one partition, as the intake hands
+them over, are parsed and written to a folder; then read back and labelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from profiles.schema import EVENT_TYPES
+from stream.archive import HOUR_MS, Archive, Folder, archived
+from stream.contributions import DEFAULT_WEIGHTS
+from stream.intake import MicroBatch, Slice
+from stream.labelling import Rules, label
+from stream.settings import ArchiveSettings
+from stream.trainer_app import Ingest
+from tests.archived_events import T0_MS, records
+
+_BATCH: Final = 16_384
+
+
+def main() -> None:
+    """Measure once per span of event time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, default=500_000)
+    arguments = parser.parse_args()
+    for what, span_ms in (("one hour", HOUR_MS), ("two years", 730 * 24 * HOUR_MS)):
+        _measure(arguments.events, what, span_ms)
+
+
+def _measure(n: int, what: str, span_ms: int) -> None:
+    values = records(n, span_ms=span_ms, users=n // 20)
+    if span_ms > HOUR_MS:
+        values.sort(key=lambda value: value[value.index(b'"ts"') :][:20])  # as a replay sends them
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Archive(Folder(Path(folder)))
+        ingest = Ingest(archive, ArchiveSettings(), 1 << 50)
+        started = _now()
+        for first in range(0, n, _BATCH):
+            part = values[first : first + _BATCH]
+            m = len(part)
+            offsets = list(range(first, first + m))
+            piece = Slice("events", 0, 1, 7, offsets, [None] * m, list(part), [T0_MS] * m)
+            ingest.take(MicroBatch((piece,)))
+            if ingest.due():
+                ingest.flush()
+        ingest.flush()
+        _say(f"events of {what} archived", n, started)
+        started = _now()
+        archive.compact()
+        _say("  merged", n, started)
+        stats = archive.stats()
+        print(f"  {stats.segments} segments, {stats.size_bytes / n:.1f} bytes an event")
+        started = _now()
+        events = archived(archive.read())
+        _say("  read back", n, started)
+        started = _now()
+        rows = {item: row for row, item in enumerate(events.item_ids)}
+        label(events, rows, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), int(events.t_ms.max()))
+        _say("  labelled", n, started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"  peak memory of the process {peak:,.0f} MiB")
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _say(what: str, n: int, started: tuple[float, float]) -> None:
+    wall_s, cpu_s = (now - then for now, then in zip(_now(), started, strict=True))
+    print(
+        f"{what}: {n / wall_s:,.0f} events/s, {n / cpu_s:,.0f} per second of CPU time "
+        f"({wall_s:.2f} s, {cpu_s:.2f} s of CPU time)",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The trainer's ingest as a process, on Apache Kafka: each event is in the archive once, whatever
+becomes of the process."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
+
+from stream.archive import HOUR_MS, Archive, Folder
+from stream.local_stack import ApacheKafka
+from stream.settings import ArchiveSettings, KafkaSettings, Settings, StreamSettings
+from stream.topics import create_topics
+from tests.archived_events import records
+from tests.integration.worker_process import REPOSITORY, ends, environment, eventually
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
+
+PARTITIONS = 3
+
+
+@pytest.fixture
+def settings(apache_kafka: ApacheKafka, namespace: str, tmp_path: Path) -> Settings:
+    settings = Settings(
+        namespace=namespace,
+        kafka=KafkaSettings(
+            bootstrap=apache_kafka.bootstrap, partitions=PARTITIONS, session_timeout_s=6.0
+        ),
+        stream=StreamSettings(data_dir=tmp_path / "data"),
+        archive=ArchiveSettings(url=str(tmp_path / "archive"), flush_s=0.3, flush_rows=500),
+    )
+    create_topics(settings)
+    return settings
+
+
+class TrainerProcess:
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._log = folder / "trainer.log"
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "stream.cli", "trainer"],
+                cwd=REPOSITORY,
+                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **environment(settings)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def __enter__(self) -> TrainerProcess:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def produce(settings: Settings, values: list[bytes]) -> None:
+    producer = Producer(settings.kafka.client_config())
+    for i, value in enumerate(values):
+        producer.produce(settings.topic("events"), value, partition=i % PARTITIONS)
+        producer.poll(0)
+    assert producer.flush(60) == 0
+
+
+def archived_ids(settings: Settings) -> list[tuple[int, int]]:
+    archive = Archive(Folder(Path(settings.archive.url)))
+    return [
+        place
+        for t in archive.read()
+        for place in zip(t["source"].to_pylist(), t["offset"].to_pylist(), strict=True)
+    ]
+
+
+def all_committed(settings: Settings) -> bool:
+    end = ends(settings, [settings.topic("events")])
+    config = settings.kafka.client_config() | {"group.id": settings.topic("trainer")}
+    reader = Consumer(config | {"log_level": 0})
+    try:
+        done = reader.committed([TopicPartition(*place) for place in end], timeout=20)
+    finally:
+        reader.close()
+    return all(end[p.topic, p.partition] == p.offset for p in done)
+
+
+def test_kills_at_random_moments_lose_and_double_no_event(
+    settings: Settings, tmp_path: Path
+) -> None:
+    chance = random.Random(7)
+    archive = Archive(Folder(Path(settings.archive.url)))
+    rounds, each, span_ms = 4, 6_000, 40 * HOUR_MS  # a flush makes 120 segments
+    sent: list[dict[str, Any]] = []
+    uncommitted = 0
+    for n in range(rounds):
+        values = records(each, seed=n, users=500, span_ms=span_ms)
+        sent += map(json.loads, values)
+        produce(settings, values)
+        before = set(archive.segments())
+        with TrainerProcess(settings, tmp_path) as trainer:
+            # Merges and retries of the rounds before may come first; they are as good to kill.
+            eventually("segments appear", lambda: set(archive.segments()) - before)  # noqa: B023
+            time.sleep(chance.random() * 0.2)
+            trainer.process.send_signal(signal.SIGKILL)
+            trainer.process.wait()
+        uncommitted += not all_committed(settings)
+    assert uncommitted, "no kill came before its commit: nothing was proved"
+    (tmp_path / "last").mkdir()
+    with TrainerProcess(settings, tmp_path / "last") as trainer:
+        eventually("it reads", lambda: "assigned" in trainer.log)
+        eventually("all is committed", lambda: all_committed(settings))
+        trainer.process.send_signal(signal.SIGTERM)
+        assert trainer.process.wait(60) == 0, trainer.log
+    places = archived_ids(settings)
+    assert len(places) == rounds * each
+    assert len(set(places)) == rounds * each
+    events = {
+        (t, u)
+        for table in Archive(Folder(Path(settings.archive.url))).read()
+        for t, u in zip(table["t_ms"].to_pylist(), table["user"].to_pylist(), strict=True)
+    }
+    assert events == {(e["ts"], e["user_id"]) for e in sent}
+
+
+def test_a_stop_writes_and_commits_what_waits(settings: Settings, tmp_path: Path) -> None:
+    patient = ArchiveSettings(url=settings.archive.url, flush_s=3_600)
+    settings = settings.model_copy(update={"archive": patient})
+    produce(settings, records(50))
+    with TrainerProcess(settings, tmp_path) as trainer:
+        eventually("it reads", lambda: "assigned" in trainer.log)
+        time.sleep(2)  # for records to arrive; without them there is less to prove
+        trainer.process.send_signal(signal.SIGTERM)
+        assert trainer.process.wait(60) == 0, trainer.log
+    assert all_committed(settings)
+    assert len(archived_ids(settings)) == 50
+
+
+def test_what_is_no_event_is_passed_by_and_forget_erases(
+    settings: Settings, tmp_path: Path
+) -> None:
+    events = [b"not json", *records(30, users=1)]
+    produce(settings, [v for v in events for _ in range(PARTITIONS)])  # a copy per partition
+    erase = json.dumps({"type": "forget", "user_id": "user-0"}).encode()
+    with TrainerProcess(settings, tmp_path):
+        eventually("all is archived", lambda: len(archived_ids(settings)) == 30 * PARTITIONS)
+        produce(settings, [erase] * PARTITIONS)
+        eventually("the shopper is gone", lambda: not archived_ids(settings))
+        eventually("all is committed", lambda: all_committed(settings))
+    assert Archive(Folder(Path(settings.archive.url))).stats().receipts == PARTITIONS
+
+
+def test_of_two_trainers_on_one_archive_the_second_says_so_and_ends(
+    settings: Settings, tmp_path: Path
+) -> None:
+    with TrainerProcess(settings, tmp_path) as first:
+        eventually("it reads", lambda: "assigned" in first.log)
+        (tmp_path / "other").mkdir()
+        with TrainerProcess(settings, tmp_path / "other") as second:
+            assert second.process.wait(60) == 1
+            assert "another trainer writes" in second.log
+        assert first.process.poll() is None

@@ -1,0 +1,162 @@
+"""Labels look forward only, and do not depend on how the archive is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.windows import HELD_BACK, Labelled
+from profiles.arithmetic import FORGET
+from profiles.schema import EVENT_TYPES, TYPE_CODE
+from stream.contributions import DEFAULT_WEIGHTS
+from stream.labelling import Archived, Rules, label
+
+HORIZON_MS, RETURNS_MS = 7, 12
+RULES = Rules(DEFAULT_WEIGHTS, purchase_ms=HORIZON_MS, returns_ms=RETURNS_MS, user_events=6)
+ITEMS = ["a", "b", "c", "unknown"]
+CATALOGUE = {"a": 0, "b": 1, "c": 2}
+PURCHASE, IMPRESSION = TYPE_CODE["purchase"], TYPE_CODE["impression"]
+
+# user, item code, type, t_ms, event key, source; the place in the list is the offset
+Row = tuple[int, int, int, int, int, int]
+rows = st.lists(
+    st.tuples(
+        st.integers(0, 2),
+        st.integers(-1, 3),
+        st.sampled_from([*range(len(EVENT_TYPES)), *[PURCHASE] * 3, FORGET]),
+        st.integers(0, 40),
+        st.sampled_from([0, 0, 0, 1, 2, 3]),
+        st.integers(1, 2),
+    ),
+    max_size=30,
+)
+
+
+def archived(events: list[Row], at: list[int] | None = None) -> Archived:
+    at = list(range(len(events))) if at is None else at
+    user, item, type_, t_ms, event, source = ([events[i][k] for i in at] for k in range(6))
+    return Archived(
+        users=["zoe", "ann", "max"],
+        item_ids=ITEMS,
+        user=np.array(user, np.int32),
+        item=np.array(item, np.int32),
+        type=np.array(type_, np.uint8),
+        t_ms=np.array(t_ms, np.int64),
+        event=np.array(event, np.uint64),
+        rating=np.full(len(at), 5, np.float32),
+        label=np.full(len(at), "", object),
+        source=np.array(source, np.uint64),
+        offset=np.array(at, np.int64),
+    )
+
+
+def labelled(events: Archived, now_ms: int = 40, rules: Rules = RULES) -> Labelled:
+    return label(events, CATALOGUE, EVENT_TYPES, rules, now_ms)
+
+
+def same(a: Labelled, b: Labelled) -> bool:
+    return all(
+        np.array_equal(x, y, equal_nan=name == "rating") if name != "user" else x == y
+        for name, x, y in (
+            (f.name, getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)
+        )
+    )
+
+
+@given(rows, st.data())
+def test_any_order_any_pieces_and_copies_give_the_same_windows(
+    events: list[Row], data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(len(events))))
+    copies = data.draw(st.lists(st.sampled_from(order), max_size=10)) if order else []
+    assert same(labelled(archived(events)), labelled(archived(events, [*order, *copies])))
+
+
+@given(rows)
+def test_labels_are_what_a_plain_reading_of_the_future_says(events: list[Row]) -> None:
+    out = labelled(archived(events))
+    whole = labelled(archived(events), rules=dataclasses.replace(RULES, user_events=1_000))
+    assert out.user == whole.user
+    for j in range(len(whole.user)):
+        lo, hi = whole.start[j], whole.start[j + 1]
+        kept = int(min(hi - lo, RULES.user_events))
+        assert out.start[j + 1] - out.start[j] == kept
+        for i in range(lo, hi):
+            later = range(i + 1, hi)
+            following = [k for k in later if whole.weight[k] > 0 and whole.item[k] >= 0]
+            expected = whole.item[following[0]] if following else HELD_BACK
+            assert whole.next_item[i] == expected
+            for column, horizon_ms, wanted in (
+                (whole.purchase, HORIZON_MS, lambda k: whole.type[k] == PURCHASE),
+                (whole.returns, RETURNS_MS, lambda k: whole.type[k] != IMPRESSION),
+            ):
+                near = any(wanted(k) and whole.t_ms[k] - whole.t_ms[i] <= horizon_ms for k in later)
+                passed = whole.t_ms[i] + horizon_ms < 40
+                assert column[i] == (int(near) if passed else HELD_BACK)
+        for name in ("item", "next_item", "purchase", "returns"):
+            mine = getattr(out, name)[out.start[j] : out.start[j + 1]]
+            assert (mine == getattr(whole, name)[hi - kept : hi]).all()
+
+
+@given(rows, st.integers(0, 40))
+def test_inputs_up_to_a_time_do_not_change_with_what_happens_later(
+    events: list[Row], until_ms: int
+) -> None:
+    rules = dataclasses.replace(RULES, user_events=1_000)
+    behaviour = [e for e in events if e[2] != FORGET]
+    early = [i for i, e in enumerate(behaviour) if e[3] <= until_ms]
+    before = labelled(archived(behaviour, early), rules=rules)
+    after = labelled(archived(behaviour), rules=rules)
+    for j, user in enumerate(before.user):
+        mine = slice(before.start[j], before.start[j + 1])
+        theirs = after.start[after.user.index(user)]
+        for name in ("item", "type", "t_ms", "weight"):
+            column = getattr(before, name)[mine]
+            assert (getattr(after, name)[theirs : theirs + len(column)] == column).all()
+
+
+@given(rows, st.integers(0, 40))
+def test_labels_do_not_change_with_what_happens_after_their_horizon(
+    events: list[Row], until_ms: int
+) -> None:
+    rules = dataclasses.replace(RULES, user_events=1_000)
+    behaviour = [e for e in events if e[2] != FORGET]
+    early = [i for i, e in enumerate(behaviour) if e[3] <= until_ms]
+    before = labelled(archived(behaviour, early), until_ms, rules)
+    after = labelled(archived(behaviour), 40, rules)
+    for j, user in enumerate(before.user):
+        theirs = int(after.start[after.user.index(user)])
+        for name in ("purchase", "returns"):
+            known = getattr(before, name)[before.start[j] : before.start[j + 1]]
+            later = getattr(after, name)[theirs : theirs + len(known)]
+            assert ((known == later) | (known == HELD_BACK)).all()
+
+
+@given(rows)
+def test_a_window_whose_horizon_has_not_passed_is_held_back(events: list[Row]) -> None:
+    out = labelled(archived(events))
+    assert ((out.purchase == HELD_BACK) == (out.t_ms + HORIZON_MS >= 40)).all()
+    assert ((out.returns == HELD_BACK) == (out.t_ms + RETURNS_MS >= 40)).all()
+
+
+@given(rows)
+def test_what_came_before_a_forget_in_its_partition_is_gone(events: list[Row]) -> None:
+    out = labelled(archived(events))
+    assert FORGET not in out.type.tolist()
+    for user, name in enumerate(["zoe", "ann", "max"]):
+        for source in (1, 2):
+            commands = [i for i, e in enumerate(events) if e[::5] == (user, source)]
+            commands = [i for i in commands if events[i][2] == FORGET]
+            if not commands:
+                continue
+            left = {
+                (e[2], e[3]) for i, e in enumerate(events) if e[0] == user
+                and (e[5] != source or i > commands[-1])
+            }  # fmt: skip
+            if name in out.user:
+                j = out.user.index(name)
+                mine = slice(out.start[j], out.start[j + 1])
+                assert set(zip(out.type[mine], out.t_ms[mine], strict=True)) <= left

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from typer.testing import CliRunner
+
+from profiles.schema import EVENT_TYPES
+from stream import events as ev
+from stream.archive import HOUR_MS, Archive, Folder, Segment, archived, open_store, parse_name
+from stream.cli import app
+from stream.contributions import DEFAULT_WEIGHTS
+from stream.errors import UserError
+from stream.labelling import Rules, label
+from tests.archived_events import T0_MS, parsed, records, write
+
+DAY_MS = 24 * HOUR_MS
+N = 300
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Archive:
+    return Archive(Folder(tmp_path / "archive"))
+
+
+@pytest.fixture(params=["day at once", "hour by hour"])
+def way_of_reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "hour by hour":
+        monkeypatch.setattr("stream.archive._DAY_AT_ONCE_BYTES", -1)
+
+
+@pytest.fixture(scope="module")
+def shop() -> list[ev.Event]:
+    return parsed(records(N))
+
+
+def offsets(archive: Archive, start_ms: int = 0, end_ms: int = 1 << 60) -> list[int]:
+    return [o for t in archive.read(start_ms, end_ms) for o in t["offset"].to_pylist()]
+
+
+def test_an_empty_archive_reads_as_nothing(archive: Archive) -> None:
+    assert list(archive.read()) == []
+    stats = archive.stats()
+    assert (stats.segments, stats.rows, stats.first_ms) == (0, 0, None)
+    assert archive.compact() == 0
+    assert archive.expire(1, 1) == 0
+    columns = archived(archive.read())
+    assert len(label(columns, {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), 0)) == 0
+
+
+def test_events_come_back_whole_in_event_time(archive: Archive, shop: list[ev.Event]) -> None:
+    assert write(archive, shop, 0, N) == N
+    table = pa.concat_tables(archive.read(chunk_rows=50))
+    assert table["t_ms"].to_pylist() == sorted(e.ts for e in shop)
+    for row in table.to_pylist():
+        event = shop[row["offset"]]
+        assert row["user"] == event.user_id
+        assert EVENT_TYPES[row["type"]] == event.type
+        assert row["item"] == getattr(event, "item_id", "")
+        assert row["text"] == (getattr(event, "text", "") or getattr(event, "query", ""))
+        assert (row["rating"] == 4.5) == (event.type == "review")
+
+
+@pytest.mark.usefixtures("way_of_reading")
+def test_a_range_is_read_to_the_millisecond(archive: Archive, shop: list[ev.Event]) -> None:
+    write(archive, shop, 0, N)
+    start, end = T0_MS + HOUR_MS // 2, T0_MS + 2 * HOUR_MS + 1
+    expected = {i for i, e in enumerate(shop) if start <= e.ts < end}
+    assert set(offsets(archive, start, end)) == expected
+
+
+def test_a_retry_overwrites_and_other_borders_count_once(
+    archive: Archive, shop: list[ev.Event]
+) -> None:
+    write(archive, shop, 0, 100)
+    before = archive.segments()
+    write(archive, shop, 0, 100)
+    assert archive.segments() == before
+    write(archive, shop, 60, 250)
+    write(archive, shop, 40, N)
+    assert sorted(offsets(archive)) == list(range(N))
+    assert archive.stats().rows > N
+    assert archive.compact() > 0
+    assert sorted(offsets(archive)) == list(range(N))
+    assert archive.stats().rows == N
+
+
+def test_one_offset_of_two_sources_is_two_events(archive: Archive, shop: list[ev.Event]) -> None:
+    write(archive, shop, 0, 10, source=1)
+    write(archive, shop, 0, 10, source=2)
+    assert len(offsets(archive)) == 20
+
+
+def test_small_segments_of_past_days_become_one(archive: Archive) -> None:
+    shop = parsed(records(N, span_ms=2 * DAY_MS))
+    for first in range(0, N, 50):
+        write(archive, shop, first, first + 50)
+    archive.compact()
+    days = [s.day for s in archive.segments() if s.hour == -1]
+    assert days == [T0_MS // DAY_MS]
+    assert sorted(offsets(archive)) == list(range(N))
+    late = offsets(archive, T0_MS + 5 * HOUR_MS, T0_MS + 6 * HOUR_MS)
+    expected = {i for i, e in enumerate(shop) if 5 <= (e.ts - T0_MS) / HOUR_MS < 6}
+    assert set(late) == expected
+
+
+def test_a_merge_keeps_a_large_segment_that_has_the_name_it_takes(
+    archive: Archive, shop: list[ev.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = [e.model_copy(update={"ts": T0_MS}) for e in shop]
+    write(archive, shop, 0, N)
+    write(archive, shop, 0, 10)
+    write(archive, shop, N - 10, N)
+    sizes = sorted(archive.segments().values())
+    monkeypatch.setattr("stream.archive._SMALL_BYTES", sizes[1])
+    assert archive.compact() == 2
+    assert sorted(offsets(archive)) == list(range(N))
+
+
+def test_years_in_one_flush_are_kept_by_day(archive: Archive) -> None:
+    shop = parsed(records(N, span_ms=100 * DAY_MS))
+    write(archive, shop, 0, N)
+    assert len(archive.segments()) <= 100
+    assert sorted(offsets(archive)) == list(range(N))
+    times = [t for table in archive.read() for t in table["t_ms"].to_pylist()]
+    assert times == sorted(times)
+
+
+@pytest.mark.usefixtures("way_of_reading")
+def test_a_reader_survives_a_merge_in_its_middle(archive: Archive) -> None:
+    shop = parsed(records(N, span_ms=2 * DAY_MS))
+    for first in range(0, N, 50):
+        write(archive, shop, first, first + 50)
+    reader = archive.read(chunk_rows=1)
+    seen = next(reader)["offset"].to_pylist()
+    assert archive.compact() > 0
+    seen += [o for t in reader for o in t["offset"].to_pylist()]
+    assert sorted(seen) == list(range(N))
+
+
+def test_age_is_counted_from_the_newest_event(archive: Archive) -> None:
+    shop = parsed(records(N, span_ms=10 * HOUR_MS))
+    write(archive, shop, 0, N)
+    assert archive.expire(10 * HOUR_MS, 1 << 40) == 0
+    assert archive.expire(3 * HOUR_MS, 1 << 40) == 7
+    assert min(t["t_ms"][0].as_py() for t in archive.read()) >= T0_MS + 7 * HOUR_MS
+
+
+def test_the_oldest_go_when_there_is_too_much(archive: Archive, shop: list[ev.Event]) -> None:
+    write(archive, shop, 0, N)
+    *_, newest = archive.segments()
+    assert archive.expire(1 << 60, archive.segments()[newest]) == 3
+    assert list(archive.segments()) == [newest]
+
+
+def forget(user: str) -> ev.Event:
+    return parsed([json.dumps({"type": "forget", "user_id": user, "ts": T0_MS}).encode()])[0]
+
+
+def test_forget_erases_what_came_before_and_leaves_a_receipt(
+    archive: Archive, shop: list[ev.Event]
+) -> None:
+    shop = [*shop, forget("user-3"), *shop[:20]]
+    write(archive, shop, 0, 200)
+    write(archive, shop, 200, len(shop))
+    left = offsets(archive)
+    erased = {i for i, e in enumerate(shop[:N]) if e.user_id == "user-3"}
+    assert erased
+    assert set(left) == set(range(len(shop))) - erased - {N}
+    (path,) = (n for n in archive.store.sizes() if n.startswith("receipts/"))
+    with archive.store.read(path) as file:
+        receipt = json.load(file)
+    assert "user-3" not in json.dumps(receipt)
+    assert receipt["rows"] == sum(i < 200 for i in erased)
+    # Read again with other borders after a crash, it erases the same.
+    write(archive, shop, 150, len(shop))
+    assert sorted(offsets(archive)) == sorted(left)
+    with archive.store.read(path) as file:
+        assert json.load(file)["offset"] == N
+
+
+def test_forgetting_all_there_is_leaves_no_segment(archive: Archive) -> None:
+    only = parsed(records(5, users=1))
+    write(archive, [*only, forget("user-0")], 0, 5)
+    write(archive, [*only, forget("user-0")], 5, 6)
+    assert archive.segments() == {}
+    assert list(archive.read()) == []
+
+
+def test_names_say_all_and_other_files_are_not_segments(archive: Archive) -> None:
+    for segment in (Segment(19_000, 7, 2**64 - 1, 3, 0, 9), Segment(0, -1, 0, 12_345, 4, 5)):
+        assert parse_name(segment.name) == segment
+    archive.store.write({"day=2020-01-01/notes.txt": b"hello"})
+    assert archive.segments() == {}
+
+
+def test_a_torn_segment_is_named(archive: Archive, shop: list[ev.Event]) -> None:
+    write(archive, shop, 0, N)
+    segment, *_ = archive.segments()
+    archive.store.write({segment.name: b"PAR1 torn"})
+    with pytest.raises(UserError, match=segment.name):
+        list(archive.read())
+
+
+def test_two_writers_at_once_one_wins(tmp_path: Path) -> None:
+    one, other = Archive(Folder(tmp_path)), Archive(Folder(tmp_path))
+    unlock = one.lock()
+    with pytest.raises(UserError, match="another trainer writes"):
+        other.lock()
+    unlock()
+    other.lock()()
+
+
+def test_what_a_dead_writer_left_is_removed_and_never_read(
+    archive: Archive, tmp_path: Path
+) -> None:
+    left = tmp_path / "archive" / "day=2020-01-01" / ".tmp-0123"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    assert archive.store.sizes() == {}
+    archive.lock()()
+    assert not left.exists()
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+from stream.archive import Archive, Folder
+from stream.errors import UserError
+from tests.archived_events import parsed, records, write
+shop = parsed(records(20_000, users=20_000, span_ms=1000))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+archive = Archive(Folder(Path(sys.argv[1])))
+write(archive, shop, 0, 100)
+try:
+    write(archive, shop, 100, 20_000)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_nothing_half_visible(tmp_path: Path) -> None:
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
+    run = subprocess.run(
+        [sys.executable, "-c", _FULL, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "make room" in run.stdout
+    assert sorted(offsets(Archive(Folder(tmp_path)))) == list(range(100))
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_any_fsspec_url_is_a_store(shop: list[ev.Event]) -> None:
+    archive = Archive(open_store("memory://shop/archive"))
+    write(archive, [*shop[:100], forget("user-1")], 0, 50)
+    write(archive, [*shop[:100], forget("user-1")], 50, 101)
+    archive.compact()
+    expected = {i for i in range(100) if shop[i].user_id != "user-1"}
+    assert set(offsets(archive)) == expected
+    assert archive.stats().receipts == 1
+
+
+def test_a_url_that_cannot_be_opened_is_named() -> None:
+    with pytest.raises(UserError, match="ARCHIVE_URL 'nowhere://a'"):
+        open_store("nowhere://a")
+
+
+def test_archive_stats_answers_people_and_programs(
+    tmp_path: Path, shop: list[ev.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARCHIVE_URL", str(tmp_path / "archive"))
+    ask = CliRunner().invoke
+    assert "holds no events" in ask(app, ["archive", "stats"]).output
+    write(Archive(Folder(tmp_path / "archive")), shop, 0, N)
+    assert "300 events, 2023-11-14 00:00 to 2023-11-14 04:00" in " ".join(
+        ask(app, ["archive", "stats"]).output.split()
+    )
+    answer = json.loads(ask(app, ["archive", "stats", "--json"]).output)
+    assert (answer["rows"], answer["segments"]) == (N, 4)
