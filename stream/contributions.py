@@ -90,6 +90,13 @@ def add_columns(
             out.inline[event.item_id] = _inline(event)
 
 
+def columns(batch: Sequence[ev.Event], weights: Mapping[str, float], currency: str) -> Columns:
+    """m validated events, in order."""
+    out = Columns()
+    add_columns(out, batch, weights, currency)
+    return out
+
+
 _CODE: Final = {**TYPE_CODE, "forget": FORGET}
 
 

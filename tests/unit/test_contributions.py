@@ -1,26 +1,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
 
 import pytest
 
 from profiles.arithmetic import FORGET
 from profiles.schema import EVENT_TYPES
 from stream import events as ev
-from stream.contributions import DEFAULT_WEIGHTS, Columns, add_columns, event_weights
+from stream.contributions import DEFAULT_WEIGHTS, Columns, add_columns, columns, event_weights
 
 T_MS = 1_760_000_000_000
-
-
-def columns(
-    events: Sequence[ev.Event], weights: Mapping[str, float], currency: str, parts: int = 1
-) -> Columns:
-    out = Columns()
-    for part in range(parts):
-        begin, end = (len(events) * i // parts for i in (part, part + 1))
-        add_columns(out, events[begin:end], weights, currency)
-    return out
 
 
 def _weights(*events: ev.Event) -> list[float]:
@@ -140,8 +129,11 @@ def test_it_does_not_matter_in_how_many_parts_events_are_added() -> None:
         ev.Forget(user_id="ann", ts=T_MS),
     ]
     whole = columns(events, DEFAULT_WEIGHTS, "USD")
-    for parts in range(2, len(events) + 3):
-        assert columns(events, DEFAULT_WEIGHTS, "USD", parts) == whole
+    for cut in range(len(events) + 1):
+        parts = Columns()
+        add_columns(parts, events[:cut], DEFAULT_WEIGHTS, "USD")
+        add_columns(parts, events[cut:], DEFAULT_WEIGHTS, "USD")
+        assert parts == whole
     assert whole.weight[1] == -1.0
     assert whole.foreign == [True, False, False, False, False, False]
     assert whole.inline["j"].title == "Wool scarf"
