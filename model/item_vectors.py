@@ -36,6 +36,10 @@ class ItemVectors(nn.Module):
     same map for raw features, as a release keeps it.
     """
 
+    centre: Tensor
+    whiten: Tensor
+    features: Tensor
+
     def __init__(
         self,
         features: Floats,
@@ -53,7 +57,9 @@ class ItemVectors(nn.Module):
         bias = (centre - base.centre) @ base.matrix  # (D,)
         text = np.asarray((features - centre) @ whiten @ start + bias)
         # One scale for both parts: text of RMS TEXT_SCALE in each dimension.
-        size = TEXT_SCALE / max(float(np.sqrt(np.mean(np.square(text)))) if len(text) else 1.0, 1e-9)
+        size = TEXT_SCALE / max(
+            float(np.sqrt(np.mean(np.square(text)))) if len(text) else 1.0, 1e-9
+        )
         self.text = nn.Linear(base.width, base.dimensions)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -65,10 +71,13 @@ class ItemVectors(nn.Module):
             noise = torch.from_numpy((residual * lengths).astype(np.float32))
         self.residual = nn.Parameter(noise)  # (n, D)
 
-    def forward(self, rows: Tensor, features: Tensor | None = None) -> Tensor:
-        """Unit rows (m, D) of catalogue rows (m,); `features` (m, W) are fresh, raw ones."""
-        text = self.features[rows] if features is None else self.whitened(features)
-        text = dropout(text, TEXT_DROPOUT, self.training)
+    def forward(self, rows: Tensor) -> Tensor:
+        """Unit rows (m, D) of catalogue rows (m,)."""
+        return self.from_whitened(rows, self.features[rows])
+
+    def from_whitened(self, rows: Tensor, features: Tensor) -> Tensor:
+        """As `forward`, of other features (m, W) than those kept, whitened already."""
+        text = dropout(features, TEXT_DROPOUT, self.training)
         return unit(self.text(text) + self.residual[rows])
 
     def whitened(self, features: Tensor) -> Tensor:

@@ -68,15 +68,15 @@ class WindowEncoder(nn.Module):
         super().__init__()
         self.shape = shape
         width = shape.dimensions
-        self.position = nn.Embedding(shape.events, width)
-        self.type = nn.Embedding(len(shape.types), width)
-        self.gap = nn.Embedding(GAP_BUCKETS, width)
+        self.at_place = nn.Embedding(shape.events, width)
+        self.of_type = nn.Embedding(len(shape.types), width)
+        self.after_gap = nn.Embedding(GAP_BUCKETS, width)
         self.layers = nn.ModuleList(
             _Layer(width, shape.heads, shape.dropout) for _ in range(shape.layers)
         )
         self.last_norm = nn.LayerNorm(width)
         # Small, so that at first a window says what its items say.
-        for table in (self.position, self.type, self.gap):
+        for table in (self.at_place, self.of_type, self.after_gap):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, vectors: Tensor, types: Tensor, t_ms: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class WindowEncoder(nn.Module):
         """
         self._check(vectors, types, t_ms, lengths)
         self.eval()
-        device = self.position.weight.device
+        device = self.at_place.weight.device
         out = np.empty((len(vectors), self.shape.dimensions), dtype=np.float32)
         # Windows of like length together: no work on padding.
         order = np.argsort(lengths, kind="stable")
@@ -112,11 +112,12 @@ class WindowEncoder(nn.Module):
                 torch.from_numpy(types[rows, :longest].astype(np.int64)).to(device),
                 torch.from_numpy(t_ms[rows, :longest]).to(device),
             )
-            for layer in self.layers[:-1]:
+            *early, final = (layer for layer in self.layers if isinstance(layer, _Layer))
+            for layer in early:
                 x = layer(x)
             last = torch.from_numpy(lengths[rows] - 1).to(device)
             # Of the last layer only one position is asked for: a sixth of its work.
-            x = self.last_norm(self.layers[-1].at(x, last))
+            x = self.last_norm(final.at(x, last))
             out[rows] = x.float().cpu().numpy()
         return out
 
@@ -149,8 +150,8 @@ class WindowEncoder(nn.Module):
 
     def _embed(self, vectors: Tensor, types: Tensor, t_ms: Tensor) -> Tensor:
         scaled = vectors * (0.5 * math.sqrt(self.shape.dimensions))
-        positions = self.position.weight[: vectors.shape[1]]  # (L, D)
-        x = scaled + positions + self.type(types) + self.gap(gap_buckets(t_ms))
+        positions = self.at_place.weight[: vectors.shape[1]]  # (L, D)
+        x = scaled + positions + self.of_type(types) + self.after_gap(gap_buckets(t_ms))
         return dropout(x, self.shape.dropout, self.training)
 
     def _check(self, vectors: Floats, types: Bytes, t_ms: Ints, lengths: Ints) -> None:
@@ -210,7 +211,7 @@ class _Layer(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:  # (n, L, k * D) -> (n, k * heads, L, D / heads)
         width = self.query.out_features // self.heads
-        return x.unflatten(-1, (-1, width)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], -1, width).transpose(1, 2)
 
     def _rest(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + dropout(self.mix(mixed), self.rate, self.training)
