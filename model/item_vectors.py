@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 
+from .cheap_dropout import cheap_dropout as dropout
 from .projection import PRIOR_TEXTS, Floats, Projection
 from .window_encoder import unit
 

@@ -81,7 +81,7 @@ class TrainSettings:
     clip: float = 5.0
     negatives: int = 1024
     """Items drawn evenly in each step, beside the other positions' targets."""
-    full_below: int = 4096
+    full_below: int = 2048
     """Catalogues with at most so many learned items are ranked whole in each step."""
     hard_negatives: int = 0
     """Nearest items to each target that count as its negatives, too."""
@@ -328,7 +328,7 @@ class _Run:
             score = self._judge(self.learner)["ndcg@20"]
             log("newest/ndcg@20", score, state.step)
             state.epoch, state.batch = state.epoch + 1, 0
-            if score > state.best or not self.data.judged:
+            if score >= state.best or not self.data.judged:
                 state.best, state.best_epoch, state.stale = score, state.epoch, 0
                 self.best = self._weights()
             else:
@@ -365,7 +365,9 @@ class _Run:
             rng = np.random.default_rng([self.settings.seed, state.epoch, state.batch])
             self.learner.train()
             group = plan[state.batch : state.batch + every]
-            loss = sum(self._backward(*batch, rng, len(group)) for batch in self.peers.share(group))
+            loss = 0.0
+            for data, first, length in self.peers.share(group):
+                loss += self._backward(data, first, length, rng, len(group))
             self._step(total)
             state.batch += len(group)
             state.step += 1

@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
-from torch.nn.functional import dropout, gelu, normalize, scaled_dot_product_attention
+from torch.nn.functional import gelu, normalize, scaled_dot_product_attention
 
+from .cheap_dropout import cheap_dropout as dropout
 from .errors import EncoderSettingsInvalid, WeightsUnavailable
 
 Floats = npt.NDArray[np.float32]
