@@ -45,31 +45,44 @@ _SHAPES: Final[Mapping[str, tuple[int, ...]]] = {
     "own_seen": (1,),  # what it adds that the shopper had the item at all
 }
 _FIRST_KNEE: Final = float(np.log(1 / 0.02))
+# All shaped signals, and all that gates depend on, of about the same size: else a learning
+# rate that suits the counts leaves the cosines where they were.
+_COSINE_SCALE: Final = 10.0
+_USUAL_LOG: Final = 3.0
 
 
 @dataclass(frozen=True)
 class Cases:
-    """n rankings of C candidate items each, with what really came next."""
+    """n rankings of C candidate items each, with what really came next.
+
+    Candidates that stand high in a signal are not typical: a ranker trained among them alone
+    learns to distrust that signal (it then ranked worse than either count by itself). So
+    take the whole catalogue, or give each candidate's chance of having been drawn.
+    """
 
     signals: Floats  # (n, C, 4), in the order of SIGNALS
     item_log_events: Floats  # (n, C) log(1 + events with the item so far)
     shopper: Floats  # (n, 3): log(1 + events), log(1 + items had), share of repeats among events
     target: Floats  # (n, C) 1 for what came next, 0 for the rest
+    log_chance: Floats  # (n, C) log of the chance to be a candidate, 0 for what always is
 
     def __post_init__(self) -> None:
         n, count = self.target.shape
-        expected = (n, count, len(SIGNALS)), (n, count), (n, len(SHOPPER))
-        found = self.signals.shape, self.item_log_events.shape, self.shopper.shape
-        if found != expected:
-            raise ValueError(
-                f"signals, item_log_events and shopper: expected {expected}, got {found}"
-            )
+        shapes = {
+            "signals": (n, count, len(SIGNALS)),
+            "item_log_events": (n, count),
+            "shopper": (n, len(SHOPPER)),
+            "log_chance": (n, count),
+        }
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name}: expected {shape}, got {getattr(self, name).shape}")
 
 
 def first_weights() -> Weights:
     """The blend before any training: the sum that was best by hand on three data sets."""
     zeros = {name: np.zeros(shape, dtype=np.float32) for name, shape in _SHAPES.items()}
-    softplus_inverse = np.log(np.expm1(np.array([4.0, 2.0, 1.0, 1.0])))
+    softplus_inverse = np.log(np.expm1(np.array([1.0, 0.3, 1.0, 1.0])))
     return zeros | {
         "gate": softplus_inverse.astype(np.float32),
         "knee": np.full(len(_COUNTS), _FIRST_KNEE, dtype=np.float32),
@@ -81,12 +94,13 @@ def score(weights: Weights, signals: Floats, item_log_events: Floats, shopper: F
 
     numpy alone; any leading axes. Counts of nothing are 0, cosines of nothing are 0.
     """
+    known = item_log_events - _USUAL_LOG  # (..., C)
     gate = (shopper @ weights["gate_shopper"].T + weights["gate"])[..., None, :]  # (..., 1, 4)
-    gate = np.logaddexp(0.0, gate + item_log_events[..., None] * weights["gate_item"])
-    shaped = signals.astype(np.float32, copy=True)
+    gate = np.logaddexp(0.0, gate + known[..., None] * weights["gate_item"])
+    shaped = signals * np.float32(_COSINE_SCALE)
     shaped[..., _COUNTS[0] :] = np.log1p(signals[..., _COUNTS[0] :] * np.exp(weights["knee"]))
     total = np.einsum("...k,...k->...", gate, shaped)
-    total += weights["item"][0] * item_log_events
+    total += weights["item"][0] * known
     total += weights["own_seen"][0] * (signals[..., _COUNTS[1]] > 0)
     return np.asarray(total, dtype=np.float32)
 
@@ -101,11 +115,12 @@ def score_torch(
     import torch
     from torch.nn.functional import softplus
 
+    known = item_log_events - _USUAL_LOG
     gate = (shopper @ weights["gate_shopper"].T + weights["gate"]).unsqueeze(-2)  # (n, 1, 4)
-    gate = softplus(gate + item_log_events[..., None] * weights["gate_item"])
+    gate = softplus(gate + known[..., None] * weights["gate_item"])
     counts = torch.log1p(signals[..., _COUNTS[0] :] * weights["knee"].exp())
-    shaped = torch.cat([signals[..., : _COUNTS[0]], counts], dim=-1)
-    total = (gate * shaped).sum(-1) + weights["item"] * item_log_events
+    shaped = torch.cat([signals[..., : _COUNTS[0]] * _COSINE_SCALE, counts], dim=-1)
+    total = (gate * shaped).sum(-1) + weights["item"] * known
     return total + weights["own_seen"] * (signals[..., _COUNTS[1]] > 0)
 
 
@@ -115,7 +130,7 @@ def fit(
     *,
     epochs: int = 30,
     batch: int = 64,
-    learning_rate: float = 0.02,
+    learning_rate: float = 0.05,
     decay: float = 1e-3,
     seed: int = 0,
 ) -> Weights:
@@ -139,15 +154,15 @@ def fit(
     }
     tensors = {
         name: torch.from_numpy(np.ascontiguousarray(getattr(cases, name)))
-        for name in ("signals", "item_log_events", "shopper", "target")
+        for name in ("signals", "item_log_events", "shopper", "target", "log_chance")
     }
     optimizer = torch.optim.Adam(list(learned.values()), lr=learning_rate)
     total = epochs * -(-len(useful) // batch)
     for step, rows in enumerate(_batches(useful, batch, epochs, seed)):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / total)
         here = {name: tensor[rows] for name, tensor in tensors.items()}
-        target = here.pop("target")  # (b, C)
-        logits = torch.log_softmax(score_torch(learned, **here), dim=1)
+        target, log_chance = here.pop("target"), here.pop("log_chance")  # (b, C)
+        logits = torch.log_softmax(score_torch(learned, **here) - log_chance, dim=1)
         loss = -(target * logits).sum() / target.sum()
         bend = learned["gate_shopper"].square().sum() + learned["gate_item"].square().sum()
         optimizer.zero_grad()

@@ -65,6 +65,13 @@ def test_one_shopper_needs_no_leading_axis() -> None:
     np.testing.assert_allclose(one, both[1], rtol=1e-6)
 
 
+def whole(
+    signals: np.ndarray, counts: np.ndarray, shopper: np.ndarray, target: np.ndarray
+) -> Cases:
+    """Cases over the whole catalogue."""
+    return Cases(signals, counts, shopper, target, np.zeros_like(target))
+
+
 def planted(n: int, seed: int) -> Cases:
     """Shoppers with much history return to what they had; new ones follow the text."""
     signals, counts, shopper = inputs(n, 30, seed)
@@ -74,7 +81,7 @@ def planted(n: int, seed: int) -> Cases:
     shopper[regular, 0] = 4.0
     follows = np.where(regular[:, None], signals[..., 3], signals[..., 1])  # (n, 30)
     target = (np.arange(30) == follows.argmax(axis=1)[:, None]).astype(np.float32)
-    return Cases(signals, counts, shopper, target)
+    return whole(signals, counts, shopper, target)
 
 
 def found(weights: Weights, cases: Cases) -> float:
@@ -89,6 +96,32 @@ def test_training_learns_whom_to_believe_which_signal_of() -> None:
     assert found(learned, unseen) > 0.7
 
 
+def text_only(log_chance: float) -> float:
+    """How much text is found to count, where it counts 0.4, from the 6 best of 30 items and 6
+    of the others, one of which makes way for the target."""
+    rng = np.random.default_rng(0)
+    text = -np.sort(-rng.uniform(-1, 1, (1500, 30)), axis=1)  # the best first
+    target = (4 * text + rng.gumbel(size=text.shape)).argmax(axis=1)
+    order = 6 + rng.permuted(np.tile(np.arange(24), (1500, 1)), axis=1)[:, :6]
+    late = (target >= 6) & (order != target[:, None]).all(axis=1)
+    order[late, 0] = target[late]
+    chosen = np.concatenate([np.tile(np.arange(6), (1500, 1)), order], axis=1)  # (1500, 12)
+    signals = np.zeros((1500, 12, 4), dtype=np.float32)
+    signals[..., 1] = np.take_along_axis(text, chosen, axis=1)
+    chances = np.zeros((1500, 12), dtype=np.float32)
+    chances[:, 6:] = log_chance
+    wanted = (chosen == target[:, None]).astype(np.float32)
+    usual = np.full((1500, 12), 3.0, dtype=np.float32)
+    nobody = np.zeros((1500, 3), dtype=np.float32)
+    weights = fit(Cases(signals, usual, nobody, wanted, chances), epochs=12)
+    return float(np.logaddexp(0, weights["gate"][1]))
+
+
+def test_candidates_drawn_by_a_signal_do_not_make_it_distrusted() -> None:
+    assert text_only(float(np.log(6 / 24))) == pytest.approx(0.4, rel=0.15)
+    assert text_only(0.0) < 0.3
+
+
 def test_the_same_seed_gives_the_same_weights() -> None:
     one, other = fit(planted(50, 1), epochs=2), fit(planted(50, 1), epochs=2)
     for name in one:
@@ -96,20 +129,20 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 
 def test_a_catalogue_of_one_item_is_no_reason_to_fail() -> None:
-    cases = Cases(*inputs(4, 1, 0), np.ones((4, 1), dtype=np.float32))
+    cases = whole(*inputs(4, 1, 0), np.ones((4, 1), dtype=np.float32))
     assert all(np.isfinite(array).all() for array in fit(cases, epochs=2).values())
 
 
 def test_cases_without_targets_say_what_would_help() -> None:
-    cases = Cases(*inputs(4, 5, 0), np.zeros((4, 5), dtype=np.float32))
+    cases = whole(*inputs(4, 5, 0), np.zeros((4, 5), dtype=np.float32))
     with pytest.raises(NothingToLearn, match="wait for shoppers"):
         fit(cases)
 
 
 def test_cases_of_other_shapes_are_refused() -> None:
     signals, counts, shopper = inputs(4, 5, 0)
-    with pytest.raises(ValueError, match="expected"):
-        Cases(signals[..., :3], counts, shopper, np.zeros((4, 5), dtype=np.float32))
+    with pytest.raises(ValueError, match="signals: expected"):
+        whole(signals[..., :3], counts, shopper, np.zeros((4, 5), dtype=np.float32))
 
 
 def test_what_was_saved_is_loaded_and_other_files_are_refused(tmp_path: Path) -> None:
