@@ -5,7 +5,8 @@
 Two signals are cosines (next interest, decayed text), two are counts (co-visitation, the
 shopper's own purchases), which are shaped by a logarithm whose knee is learned. Gates are
 positive and depend on how much is known: of the shopper (events, repeats) and of the item
-(events). So a new item leans on its text and a regular customer on her habits, and more of
+(lately, how many events: a count with a half-life of three weeks was worth 2 to 3 % of
+Recall@20 against one since the beginning, on a shop of seasonal gifts). So a new item leans on its text and a regular customer on her habits, and more of
 a signal never lowers a score.
 
 `score` needs numpy alone, and the weights are a handful of plain arrays; torch is only
@@ -61,7 +62,7 @@ class Cases:
     """
 
     signals: Floats  # (n, C, 4), in the order of SIGNALS
-    item_log_events: Floats  # (n, C) log(1 + events with the item so far)
+    item_log_events: Floats  # (n, C) log(1 + decayed count of all shoppers' events with the item)
     shopper: Floats  # (n, 3): log(1 + events), log(1 + items had), share of repeats among events
     target: Floats  # (n, C) 1 for what came next, 0 for the rest
     log_chance: Floats  # (n, C) log of the chance to be a candidate, 0 for what always is

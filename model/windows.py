@@ -1,11 +1,14 @@
-"""Labelled windows: the columns that labelling hands to training.
+"""Labelled windows: what the trainer and the evaluation learn from, as columns.
 
-PURE: numpy only. Knows nothing of archives, of horizons or of how a label came about.
+PURE. Every event is the end of one window: the last N events of its user up to and with itself.
+A window is therefore an index, not a copy, and the labels stand beside the event that ends it.
+It does not know events, archives or how labels are made (`stream/labelling.py` does).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,20 +16,76 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 Int8s = NDArray[np.int8]
+Types = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+HELD_BACK: Final = -1
+"""A label that is not known yet: its horizon has not passed, or there is no next item so far."""
+NO_ITEM: Final = -1
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """m events of u users, each the end of one window (its own last N events)."""
+    """m events of u users, each the end of one window (its user's last N events up to it).
 
-    start: Ints  # (u + 1,) events of user j are start[j]:start[j+1], in event-time order
+    Users stand in the order of their ids, events of a user in event time.
+    """
+
+    start: Ints  # (u + 1,) events of user j are start[j]:start[j+1]
     user: list[str]  # u
-    item: Int32s  # (m,) row in the catalogue, -1 = the event has no item
-    type: NDArray[np.uint8]  # (m,) index into the event types
-    t_ms: Ints  # (m,)
+    item: Int32s  # (m,) row in the catalogue, -1 = the event has no item, or an unknown one
+    type: Types  # (m,) index into the event types
+    t_ms: Ints  # (m,) event time
     weight: Floats  # (m,) signed event weight
-    next_item: Int32s  # (m,) the user's next positive item event, -1 = none yet (held back)
+    next_item: Int32s  # (m,) row of the user's next positive item event, -1 = none yet: held back
     next_type: Int8s  # (m,) its type, -1 = none
-    purchase: Int8s  # (m,) 1/0: a purchase within the horizon; -1: not known yet (held back)
-    returns: Int8s  # (m,) 1/0: any event within the return horizon; -1: not known yet
+    purchase: Int8s  # (m,) 1/0: a purchase within the horizon after t_ms; -1: held back
+    returns: Int8s  # (m,) 1/0: any event within the horizon (0 = churn); -1: held back
+    rating: Floats | None = None  # (m,) the rating that the event gives, NaN = none
+    label: list[str] | None = None  # m: the label that the event gives (of a message), "" = none
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if the columns do not fit together."""
+        if len(self.start) != len(self.user) + 1 or self.start[0] != 0:
+            raise ValueError("start must hold 0 and then the end of each user's events")
+        m = int(self.start[-1])
+        for name in (
+            "item", "type", "t_ms", "weight", "next_item", "next_type", "purchase", "returns",
+            "rating", "label",
+        ):  # fmt: skip
+            column = getattr(self, name)
+            if column is not None and len(column) != m:
+                raise ValueError(f"{name} has {len(column)} rows, start says {m}")
+
+    def __len__(self) -> int:
+        return int(self.start[-1])
+
+    def owner(self) -> Int32s:
+        """(m,) the row in `user` of each event."""
+        return np.repeat(np.arange(len(self.user), dtype=np.int32), np.diff(self.start))
+
+    def window_start(self, events: int) -> Ints:
+        """(m,) index of the first event of each window of at most `events` events."""
+        first = np.repeat(self.start[:-1], np.diff(self.start))
+        return np.maximum(first, np.arange(len(self), dtype=np.int64) - (events - 1))
+
+    def take_users(self, rows: Ints) -> Labelled:
+        """The given users, in the given order, with all their events and unchanged labels."""
+        sizes = (self.start[1:] - self.start[:-1])[rows]
+        start = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        at = np.repeat(self.start[rows] - start[:-1], sizes) + np.arange(start[-1])
+        return Labelled(
+            start=start,
+            user=[self.user[j] for j in rows.tolist()],
+            item=self.item[at],
+            type=self.type[at],
+            t_ms=self.t_ms[at],
+            weight=self.weight[at],
+            next_item=self.next_item[at],
+            next_type=self.next_type[at],
+            purchase=self.purchase[at],
+            returns=self.returns[at],
+            rating=None if self.rating is None else self.rating[at],
+            label=None if self.label is None else [self.label[i] for i in at.tolist()],
+        )
