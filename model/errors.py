@@ -4,6 +4,7 @@
     ├── WeightsUnavailable       get the encoder's files, or name others
     ├── EncoderSettingsInvalid   change a setting (also a ValueError)
     ├── NonFiniteVectors         raise the precision, or take another base
+    ├── PackageMissing           install an optional package, or do without
     ├── NothingToLearn           wait for more events, or take a longer span of them
     └── ReleaseError
         ├── ReleaseMissing       build a release, or point at the right folder
@@ -32,6 +33,10 @@ class EncoderSettingsInvalid(ModelError, ValueError):
 
 class NonFiniteVectors(ModelError):
     """The tower gave NaN or infinity. Nothing was returned, so no profile was spoilt."""
+
+
+class PackageMissing(ModelError):
+    """What was asked for needs a package that is not installed."""
 
 
 class NothingToLearn(ModelError):

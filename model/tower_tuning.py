@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from .encoder import DType, Pooling, load_tower, pad, pick_device, pick_dtype, pool, tower_folder
-from .errors import EncoderSettingsInvalid, WeightsUnavailable
+from .errors import EncoderSettingsInvalid, PackageMissing
 
 Floats = npt.NDArray[np.float32]
 Tensor = torch.Tensor
@@ -46,7 +46,7 @@ class TunableTower:
     ) -> None:
         """`rank` is LoRA's, `last_layers` are those that `last` sets free.
 
-        Raises EncoderSettingsInvalid, and WeightsUnavailable also where `peft` is missing.
+        Raises EncoderSettingsInvalid, WeightsUnavailable, and PackageMissing for `peft`.
         """
         if method not in get_args(Method):
             raise EncoderSettingsInvalid(
@@ -118,7 +118,7 @@ def _freed(tower: nn.Module, method: Method, rank: int, last_layers: int) -> nn.
         try:
             peft = importlib.import_module("peft")
         except ImportError as error:
-            raise WeightsUnavailable(
+            raise PackageMissing(
                 "LoRA needs `peft`, which is not installed; install it, "
                 "or set TRAIN_TOWER to frozen, last or full"
             ) from error

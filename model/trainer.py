@@ -32,7 +32,7 @@ from torch import nn
 
 from . import training_rows as tr
 from .encoder import pick_device
-from .errors import NonFiniteVectors, NothingToLearn, WeightsUnavailable
+from .errors import NonFiniteVectors, NothingToLearn, PackageMissing, WeightsUnavailable
 from .evaluate import auc, calibration_error, metric, ranks
 from .heads import HEADS, Heads
 from .item_vectors import ItemVectors
@@ -446,10 +446,9 @@ class _Run:
         # Fresh features for some of the targets only: a tower costs a thousand times a window.
         fresh = wanted[torch.randperm(len(wanted), device=wanted.device)[:_FRESH_ITEMS]]
         features = self.tower.features(fresh)  # (k, W)
-        items.features[fresh] = items.whitened(features.detach().float())
-        known = items.features[rows].index_copy(
-            0, torch.searchsorted(rows, fresh), items.whitened(features.float())
-        )
+        whitened = items.whitened(features.float()).float()
+        items.features[fresh] = whitened.detach()
+        known = items.features[rows].index_copy(0, torch.searchsorted(rows, fresh), whitened)
         return items.from_whitened(rows, known)
 
     def _hard(self, target: Tensor) -> Tensor | None:
@@ -801,7 +800,7 @@ def _log(folder: Path | None) -> Log:
     try:
         boards = importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
-        raise WeightsUnavailable(
+        raise PackageMissing(
             "TensorBoard logs were asked for and `tensorboard` is not installed; "
             "install it, or unset TRAIN_TENSORBOARD"
         ) from error

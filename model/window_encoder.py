@@ -33,8 +33,9 @@ Tensor = torch.Tensor
 # Gaps from under a second to 2^30 s (34 years), by powers of two.
 GAP_BUCKETS = 32
 
-# Windows per call: beyond this the activations leave the cache, and nothing is gained.
-_CHUNK_WINDOWS = 256
+# Windows per call. On one core 100 windows of 50 events take 43 ms of its time at 64 and at
+# 128, 49 at 16 and 57 at 256, where the activations leave the cache.
+_CHUNK_WINDOWS = 64
 
 
 @dataclass(frozen=True)

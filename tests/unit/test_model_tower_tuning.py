@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from model.encoder import TextEncoder
-from model.errors import EncoderSettingsInvalid, WeightsUnavailable
+from model.errors import EncoderSettingsInvalid, PackageMissing
 from model.projection import fit_projection
 from model.tower_tuning import Method, TunableTower
 from model.trainer import Base, Catalogue, train
@@ -76,11 +77,7 @@ def test_training_moves_the_free_weights_and_leaves_a_folder_that_encodes_the_sa
         tmp_path / "candidate" / "encoder", device="cpu", max_tokens=8
     ).encode(TEXTS)
     assert np.abs(saved - before).max() > 0.01
-    np.testing.assert_allclose(saved, tunable_features(tower), atol=1e-4)
-
-
-def tunable_features(tower: TunableTower) -> np.ndarray:
-    return tower.all_features()
+    np.testing.assert_allclose(saved, tower.all_features(), atol=1e-4)
 
 
 def test_only_the_last_layers_are_free(small_base: Path) -> None:
@@ -96,6 +93,6 @@ def test_an_unknown_way_and_a_missing_package_say_what_to_do(
 ) -> None:
     with pytest.raises(EncoderSettingsInvalid, match="TRAIN_TOWER"):
         TunableTower(small_base, TEXTS, "some", device="cpu")  # type: ignore[arg-type]
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(WeightsUnavailable, match="install it"):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(PackageMissing, match="install it"):
         tunable(small_base, "lora")

@@ -3,13 +3,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from model.errors import NothingToLearn, WeightsUnavailable
+from model.errors import NothingToLearn, PackageMissing, WeightsUnavailable
 from model.projection import unit_rows
 from model.trainer import Base, Candidate, Catalogue, TrainSettings, learning_rate, train
 from tests.learnable_shop import (
@@ -202,6 +203,14 @@ def test_nothing_to_learn_from_says_what_would_help(tmp_path: Path) -> None:
     empty = Catalogue([], np.zeros((0, 24), dtype=np.float32))
     with pytest.raises(NothingToLearn, match="catalogue is empty"):
         train(circle(), empty, base(shop), TYPES, tmp_path, SMALL)
+
+
+def test_logs_without_tensorboard_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(PackageMissing, match="install it"):
+        trained(tmp_path, tensorboard=tmp_path / "logs")
 
 
 def test_items_beyond_the_catalogue_are_refused(tmp_path: Path) -> None:
