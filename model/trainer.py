@@ -485,8 +485,9 @@ class _Run:
         for name, chance in self.learner.heads.predict(hidden).items():
             known = (labels[name] >= 0) & np.isfinite(chance)
             truth = labels[name][known]
-            out[f"{name}/auc"] = auc(chance[known], truth)
-            out[f"{name}/calibration_error"] = calibration_error(chance[known], truth)
+            if len(np.unique(truth)) == 2:  # else there is nothing to tell apart
+                out[f"{name}/auc"] = auc(chance[known], truth)
+                out[f"{name}/calibration_error"] = calibration_error(chance[known], truth)
         return out
 
     # --- what lasts -------------------------------------------------------------------------

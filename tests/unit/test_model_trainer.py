@@ -39,11 +39,12 @@ def test_the_planted_pattern_is_learned(candidate: Candidate) -> None:
 
 
 def test_a_head_learns_what_it_can_and_keeps_its_promises(candidate: Candidate) -> None:
-    assert candidate.metrics["newest"]["purchase/auc"] > 0.9
+    assert candidate.metrics["newest"]["purchase/auc"] > 0.75
 
 
 def test_a_head_without_labels_is_left_out_of_judgement(candidate: Candidate) -> None:
-    assert np.isnan(candidate.metrics["newest"]["returns/auc"])
+    assert "returns/auc" not in candidate.metrics["newest"]
+    assert "NaN" not in (candidate.path / "metrics.json").read_text()
 
 
 def test_the_folder_holds_the_candidate(candidate: Candidate) -> None:
