@@ -124,6 +124,15 @@ class Candidate:
     counts: Ints  # (n,) training events
     metrics: dict[str, Any]
 
+    def next_interests(self, windows: Labelled, ends: Ints) -> Floats:
+        """Unit rows (k, D) after events `ends` (k,): a signal of the ranker's cases.
+
+        Of windows from `metrics["cut_ms"]` on, which this candidate was not trained on.
+        """
+        return self.window.encode(
+            *window_inputs(windows, ends, self.vectors, self.window.shape.events)
+        )
+
     @classmethod
     def load(cls, path: Path) -> Candidate:
         """Read a candidate's folder. Raises WeightsUnavailable."""
@@ -592,6 +601,7 @@ class _Run:
         return {
             "newest": self._judge(self.learner) | self._judge_heads(),
             "newest_base": before,
+            "cut_ms": self.data.cut_ms,
             "epochs": state.epoch,
             "best_epoch": state.best_epoch,
             "steps": state.step,
@@ -643,6 +653,21 @@ class _Batch:
     asked: Tensor  # (r, L) bool
     target: Tensor  # (q,)
     labels: dict[str, Tensor]  # name -> (e,)
+
+
+def window_inputs(
+    windows: Labelled, ends: Ints, vectors: Floats, events: int
+) -> tuple[Floats, npt.NDArray[np.uint8], Ints, Ints]:
+    """What a window encoder reads of the windows that end with events `ends` (k,).
+
+    Item vectors (k, L, D), types and times (k, L), lengths (k,); L is at most `events`.
+    """
+    first, length = tr.windows_ending_at(windows, ends, events)
+    at = np.arange(int(length.max()) if len(length) else 0)
+    event = np.minimum(first[:, None] + at, ends[:, None])  # (k, L)
+    item = windows.item[event]
+    inputs = vectors[np.maximum(item, 0)] * (item >= 0)[..., None]
+    return inputs.astype(np.float32), windows.type[event], windows.t_ms[event], length
 
 
 class _Data:
@@ -721,15 +746,6 @@ class _Data:
             },
         )
 
-    def inputs(self, ends: Ints, vectors: Floats) -> tuple[Floats, Any, Ints, Ints]:
-        """What a window encoder reads of the windows that end with `ends` (k,)."""
-        first, length = tr.windows_ending_at(self.windows, ends, self.events)
-        at = np.arange(int(length.max()) if len(length) else 0)
-        event = np.minimum(first[:, None] + at, ends[:, None])  # (k, L)
-        item = self.windows.item[event]
-        inputs = vectors[np.maximum(item, 0)] * (item >= 0)[..., None]
-        return inputs.astype(np.float32), self.windows.type[event], self.windows.t_ms[event], length
-
     def judge(self, vectors: Floats, window: WindowEncoder | None, seed: int) -> dict[str, float]:
         """Ranking figures on the newest slice, over the full catalogue; zeros without one."""
         ends = _sample(self._judgeable, _JUDGED, seed)
@@ -756,13 +772,13 @@ class _Data:
         """States and labels of windows in the newest slice."""
         ends = _sample(np.flatnonzero(~self.trained), _JUDGED, seed)
         states = [
-            window.hidden(*self.inputs(part, vectors))
+            window.hidden(*window_inputs(self.windows, part, vectors, self.events))
             for part in np.array_split(ends, max(len(ends) // 256, 1))
         ]
         return np.concatenate(states), {name: getattr(self.windows, name)[ends] for name in HEADS}
 
     def _interests(self, ends: Ints, vectors: Floats, window: WindowEncoder | None) -> Floats:
-        inputs, types, t_ms, length = self.inputs(ends, vectors)
+        inputs, types, t_ms, length = window_inputs(self.windows, ends, vectors, self.events)
         if window is not None and window.shape.events >= inputs.shape[1]:
             return window.encode(inputs, types, t_ms, length)
         age = length[:, None] - 1 - np.arange(inputs.shape[1])  # (k, L)

@@ -38,6 +38,14 @@ def test_the_planted_pattern_is_learned(candidate: Candidate) -> None:
     assert candidate.metrics["last_loss"] < 0.5 * candidate.metrics["first_loss"]
 
 
+def test_what_comes_next_is_nearest_to_the_next_interest(candidate: Candidate) -> None:
+    windows = circle()
+    ends = np.flatnonzero(windows.t_ms >= candidate.metrics["cut_ms"])
+    assert 0 < len(ends) < 0.12 * len(windows)
+    nearest = (candidate.next_interests(windows, ends) @ candidate.vectors.T).argmax(axis=1)
+    assert (nearest == (windows.item[ends] + 1) % 12).mean() > 0.9
+
+
 def test_a_head_learns_what_it_can_and_keeps_its_promises(candidate: Candidate) -> None:
     assert candidate.metrics["newest"]["purchase/auc"] > 0.75
 
