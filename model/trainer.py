@@ -85,8 +85,10 @@ class TrainSettings:
     """Catalogues with at most so many learned items are ranked whole in each step."""
     hard_negatives: int = 0
     """Nearest items to each target that count as its negatives, too."""
-    compatibility: float = 0.0
-    """Weight of the term that keeps item vectors near the base's."""
+    compatibility: float = 1.0
+    """Weight of the term that keeps item vectors near the base's. On Online Retail 1 cost no
+    NDCG and raised the mean cosine to the base from .71 to .93 (from .35 to .87 in a first
+    training); 5 cost 6 % of Recall@20."""
     head_weight: float = 0.1
     residual_least: int = 3
     """Items with so few training events are served without a residual."""

@@ -25,6 +25,7 @@ SMALL = TrainSettings(
     warmup_steps=5,
     patience=6,
     head_weight=1.0,
+    compatibility=0.0,
     device="cpu",
 )
 
