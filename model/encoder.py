@@ -115,7 +115,7 @@ class TextEncoder:
             raise EncoderSettingsInvalid(f"pooling {pooling!r} is none of mean, cls")
         folder = tower_folder(path_or_hub_id)
         target = pick_device(device)
-        tower, tokenizer = _load(folder, pick_dtype(dtype, target), max_tokens)
+        tower, tokenizer = load_tower(folder, pick_dtype(dtype, target), max_tokens)
         return cls(
             tower.to(target),
             tokenizer,
@@ -174,10 +174,10 @@ class TextEncoder:
 
     @torch.inference_mode()
     def _run(self, tokens: list[list[int]]) -> Floats:
-        ids, mask = _pad(tokens, self._tokenizer.pad_id)
+        ids, mask = pad(tokens, self._tokenizer.pad_id)
         ids, mask = ids.to(self._device), mask.to(self._device)  # (n, L)
         hidden = self._tower(input_ids=ids, attention_mask=mask).last_hidden_state  # (n, L, W)
-        vectors = normalize(_pool(hidden, mask, self._pooling), dim=1)  # (n, W)
+        vectors = normalize(pool(hidden, mask, self._pooling), dim=1)  # (n, W)
         if self._projection is not None:
             centre, matrix = self._projection
             vectors = normalize((vectors - centre) @ matrix, dim=1)  # (n, D)
@@ -283,7 +283,9 @@ def _hub_folder(hub_id: str) -> Path:
     return Path(found)
 
 
-def _load(folder: Path, dtype: torch.dtype, max_tokens: int) -> tuple[torch.nn.Module, Tokenizer]:
+def load_tower(
+    folder: Path, dtype: torch.dtype, max_tokens: int
+) -> tuple[torch.nn.Module, Tokenizer]:
     from transformers import AutoModel, AutoTokenizer
 
     # Without one of these, transformers makes a tokenizer that knows no word, and every
@@ -354,7 +356,7 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _pad(tokens: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(tokens: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))  # (n,)
     mask = np.arange(lengths.max()) < lengths[:, None]  # (n, L)
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
@@ -362,7 +364,7 @@ def _pad(tokens: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tens
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
-def _pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     """(n, L, W), (n, L) -> (n, W) in float32, where sums over tokens keep their digits."""
     if pooling == "cls":
         return hidden[:, 0].float()

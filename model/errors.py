@@ -4,6 +4,8 @@
     ├── WeightsUnavailable       get the encoder's files, or name others
     ├── EncoderSettingsInvalid   change a setting (also a ValueError)
     ├── NonFiniteVectors         raise the precision, or take another base
+    ├── PackageMissing           install an optional package, or do without
+    ├── NothingToLearn           wait for more events, or take a longer span of them
     └── ReleaseError
         ├── ReleaseMissing       build a release, or point at the right folder
         ├── ReleaseCorrupt       delete the folder and build it again
@@ -31,6 +33,14 @@ class EncoderSettingsInvalid(ModelError, ValueError):
 
 class NonFiniteVectors(ModelError):
     """The tower gave NaN or infinity. Nothing was returned, so no profile was spoilt."""
+
+
+class PackageMissing(ModelError):
+    """What was asked for needs a package that is not installed."""
+
+
+class NothingToLearn(ModelError):
+    """The windows, or the catalogue, hold nothing that a model could be trained on."""
 
 
 class ReleaseError(ModelError):
