@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-# Before numpy and torch are loaded: on small arrays their threads only wait for each other (one file
-# of tests took 319 s with them on a busy machine, and 8 s without).
+# Before numpy and torch are loaded: on small arrays their threads only wait for each other (one
+# file of tests took 319 s with them on a busy machine, and 8 s without).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
