@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -534,6 +535,75 @@ def resolve_pending(
         space,
     )
     return len(rows)
+
+
+# --- migrate -------------------------------------------------------------------------------
+
+
+def migrate(
+    profiles: Profiles,
+    rows: Sequence[int],
+    transition: Floats,
+    old: Mapping[int, Floats],
+    new: Mapping[int, Floats],
+    layout: Layout,
+    space: int,
+) -> None:
+    """Carry the sums of these rows, all of one space, into `space`, in place.
+
+    transition: (D, D), old vector @ transition ~ new vector. old, new: item key -> (D,) vector
+    in either space. What an item of the recent window contributed is replaced exactly where
+    both its vectors are given; the rest of a sum goes through the transition:
+
+        S' = S W + sum_i w_i 2^(-(T - t_i) / h) (new_i - old_i W)        i in the window
+
+    Masses, categories and all else do not depend on the space. Raises ValueError for another
+    shape of the transition.
+    """
+    if transition.shape != (layout.dimensions, layout.dimensions):
+        raise ValueError(
+            f"a transition of {transition.shape} cannot carry {layout.dimensions} dimensions"
+        )
+    header, picked = profiles.header, np.asarray(rows, dtype=np.int64)
+    header["sums"][picked] = header["sums"][picked] @ transition
+    header["space"][picked] = space
+    items = sorted(old.keys() & new.keys())
+    counted = [_folded_entries(profiles, row) for row in picked.tolist()]
+    lengths = [len(entries) for entries in counted]
+    if not items or not sum(lengths):
+        return
+    before, after = (np.stack([side[i] for i in items]) for side in (old, new))  # (u, D)
+    change = (after - before.astype(np.float64) @ transition).astype(np.float32)
+    keys = np.asarray(items, dtype=np.uint64)
+    entries = np.concatenate(counted)
+    at = np.minimum(np.searchsorted(keys, entries["item"]), len(keys) - 1)
+    known = keys[at] == entries["item"]
+    row = np.repeat(picked, lengths)[known]
+    entries, at = entries[known], at[known]
+    age_ms = (header["updated_ms"][row] - entries["t_ms"]).astype(np.float64)
+    share = np.exp2(-age_ms[:, None] / layout.half_lives_ms) * entries["weight"][:, None]  # (m, K)
+    users, starts = np.unique(row, return_index=True)  # `row` is grouped, not always ascending
+    order = np.argsort(starts)
+    users, starts = users[order], starts[order]
+    for k in range(share.shape[1] if len(users) else 0):
+        moved = share[:, k, None].astype(np.float32) * change[at]  # (m, D)
+        header["sums"][users, k] += np.add.reduceat(moved, starts, axis=0)
+
+
+def _folded_entries(profiles: Profiles, row: int) -> NDArray[Any]:
+    """The window entries of a user whose item's vector is in the sums: those of an item, and not
+    waiting for its text. An entry that is there twice and waits once counts once."""
+    entries = np.frombuffer(profiles.window[row], dtype=schema.WINDOW_ENTRY)
+    folded = (entries["item"] != 0) & (entries["flags"] & schema.FLAG_TEXT == 0)
+    if profiles.pending[row]:
+        raw = profiles.pending[row]
+        waiting = Counter(raw[i : i + _ENTRY] for i in range(0, len(raw), _ENTRY))
+        for i, entry in enumerate(entries):
+            key = entry.tobytes()
+            if waiting[key] > 0:
+                waiting[key] -= 1
+                folded[i] = False
+    return entries[folded]
 
 
 # --- merge ---------------------------------------------------------------------------------
