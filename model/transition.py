@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -67,14 +67,15 @@ class Transition:
 
     def save(self, path: Path) -> None:
         """Write both maps and all that is known of them."""
+        # One key: the order of several differs from run to run, and so would the checksum.
         about = {
             "from_space": self.from_space,
             "to_space": self.to_space,
             "kind": self.kind,
-            "errors": json.dumps({kind: asdict(e) for kind, e in self.errors.items()}),
+            "errors": {kind: asdict(error) for kind, error in self.errors.items()},
         }
         tensors = {"forward": self.forward, "backward": self.backward}
-        path.write_bytes(save(tensors, about))
+        path.write_bytes(save(tensors, {"about": json.dumps(about, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: Path) -> Transition:
@@ -83,7 +84,7 @@ class Transition:
             if set(file.keys()) != {"forward", "backward"}:
                 raise ValueError(f"expected forward and backward, found {sorted(file.keys())}")
             forward, backward = file.get_tensor("forward"), file.get_tensor("backward")
-            about = file.metadata() or {}
+            about: dict[str, Any] = file.metadata() or {}
         if forward.ndim != 2 or backward.shape != forward.shape[::-1]:
             raise ValueError(f"shapes {forward.shape} and {backward.shape} do not fit")
         if forward.dtype != np.float32 or backward.dtype != np.float32:
@@ -91,8 +92,9 @@ class Transition:
         if not (np.isfinite(forward).all() and np.isfinite(backward).all()):
             raise ValueError("a map holds NaN or infinity")
         try:
+            about = json.loads(about["about"])
             kind = about["kind"]
-            errors = {k: Error(**e) for k, e in json.loads(about["errors"]).items()}
+            errors = {k: Error(**e) for k, e in about["errors"].items()}
             spaces = about["from_space"], about["to_space"]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"its metadata lacks {error}") from error

@@ -603,7 +603,8 @@ def _folded_entries(profiles: Profiles, row: int) -> NDArray[Any]:
             if waiting[key] > 0:
                 waiting[key] -= 1
                 folded[i] = False
-    return entries[folded]
+    kept: NDArray[Any] = entries[folded]
+    return kept
 
 
 # --- merge ---------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_a_file_that_is_no_transition_is_refused(tmp_path: Path, broken: str) ->
     if broken == "nan":
         backward[0, 0] = np.nan
     save_file({"forward": forward, "backward": backward}, tmp_path / "t")
-    with pytest.raises(ValueError, match="fit|NaN|lacks"):
+    with pytest.raises(ValueError, match=r"fit|NaN|lacks"):
         Transition.load(tmp_path / "t")
 
 
