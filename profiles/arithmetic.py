@@ -129,6 +129,20 @@ class Profiles:
         return len(self.header)
 
 
+def take(profiles: Profiles, rows: Sequence[int]) -> Profiles:
+    """Some of the users, in this order. What a fold changes of them it does not change in
+    `profiles`, but for the watermarks."""
+    return Profiles(
+        profiles.header[list(rows)],
+        [profiles.window[r] for r in rows],
+        [profiles.seen[r] for r in rows],
+        [profiles.categories[r] for r in rows],
+        [profiles.pending[r] for r in rows],
+        [profiles.watermarks[r] for r in rows],
+        [profiles.fences[r] for r in rows],
+    )
+
+
 # --- bytes -> profiles ---------------------------------------------------------------------
 
 

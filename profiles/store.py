@@ -83,23 +83,25 @@ class ProfileStore:
         rows: Iterable[int],
         category_names: Mapping[int, str],
         now_s: float,
+        *,
+        renew: bool = True,
     ) -> list[int]:
         """Save the given rows; the rows that Redis refused because another writer was there.
 
-        now_s: wall clock, for the expiry. Raises RedisUnavailable; then any part may be saved,
-        and loading again tells which.
+        now_s: wall clock, for the expiry, which a save without `renew` leaves as it is. Raises
+        RedisUnavailable; then any part may be saved, and loading again tells which.
         """
         rows = list(rows)
         self._writer = (self._writer + 1) % (1 << 64)
         every = rows == list(range(len(profiles)))
-        picked = profiles if every else _take(profiles, rows)
+        picked = profiles if every else arithmetic.take(profiles, rows)
         states = arithmetic.pack_states(picked)
         glances = arithmetic.glances(picked, category_names)
         calls: list[tuple[list[str], list[Any]]] = []
         for begin in range(0, len(rows), _CHUNK):
             keys, args = [], []
             for i in range(begin, min(begin + _CHUNK, len(rows))):
-                fence, expires_s = self._next_fence(picked, i, now_s)
+                fence, expires_s = self._next_fence(picked, i, now_s, renew)
                 keys.append(self._keys.profile(user_ids[rows[i]]))
                 args += [picked.fences[i], fence, states[i], glances[i], expires_s]
                 profiles.fences[rows[i]] = fence
@@ -111,12 +113,14 @@ class ProfileStore:
             for position in reply
         ]
 
-    def _next_fence(self, profiles: Profiles, row: int, now_s: float) -> tuple[bytes, int]:
+    def _next_fence(
+        self, profiles: Profiles, row: int, now_s: float, may_renew: bool
+    ) -> tuple[bytes, int]:
         """The fence to write, and the expiry to set (0 = leave the one in force)."""
         old = profiles.fences[row]
         revision, _, expires_s = arithmetic.read_fence_header(old) if old else (0, 0, 0)
         left_s = expires_s - now_s
-        renew = not self._ttl_s * _RENEW_SHARE <= left_s <= self._ttl_s
+        renew = may_renew and not self._ttl_s * _RENEW_SHARE <= left_s <= self._ttl_s
         if renew:
             expires_s = int(now_s) + self._ttl_s
         fence = arithmetic.write_fence(
@@ -143,15 +147,3 @@ class ProfileStore:
                         raise
                     self._client.script_load(script)
         raise AssertionError("unreachable")
-
-
-def _take(profiles: Profiles, rows: list[int]) -> Profiles:
-    return Profiles(
-        profiles.header[rows],
-        [profiles.window[r] for r in rows],
-        [profiles.seen[r] for r in rows],
-        [profiles.categories[r] for r in rows],
-        [profiles.pending[r] for r in rows],
-        [profiles.watermarks[r] for r in rows],
-        [profiles.fences[r] for r in rows],
-    )
