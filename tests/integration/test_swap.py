@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from model.releases import Release, make_current, rollback
-from profiles import ProfileReader
+from profiles import Profile, ProfileReader
 from profiles.items import ItemStore
 from profiles.schema import Keys
 from stream import metrics
@@ -89,8 +89,8 @@ def assert_all_right_in(settings: Settings, release: Release) -> dict[str, int]:
     """Every profile is what folding its events in this release's space gives."""
     eventually("all profiles are swept", lambda: swept(settings, release.space))
     expected = Expectation(settings, release).profiles(RULES)
+    stored = stored_now(settings)
     with redis.Redis.from_url(settings.redis.url) as client:
-        stored = stored_profiles(client, settings.namespace)
         current = client.get(Keys(settings.namespace).current_space())
     wrong = differences(stored, expected)
     assert not wrong, f"{len(wrong)} of {len(expected)} profiles are wrong: {wrong}"
@@ -100,7 +100,7 @@ def assert_all_right_in(settings: Settings, release: Release) -> dict[str, int]:
     return {user: profile.events for user, profile in stored.items()}
 
 
-def assert_items_complete(settings: Settings, release: Release, stored: dict[str, object]) -> None:
+def assert_items_complete(settings: Settings, release: Release, stored: dict[str, Profile]) -> None:
     """All items that have a vector anywhere have one in this space, and readers find them."""
     with redis.Redis.from_url(settings.redis.url) as client:
         items = ItemStore(client, Keys(settings.namespace))
@@ -112,7 +112,7 @@ def assert_items_complete(settings: Settings, release: Release, stored: dict[str
         assert all(abs(float(np.linalg.norm(v)) - 1) < 1e-3 for v in vectors.values())
         assert encoder.dimensions == len(next(iter(vectors.values())))
     with ProfileReader(settings.redis.url, settings.namespace) as reader:
-        user = next(u for u, p in stored.items() if getattr(p, "space", ""))
+        user = next(u for u, p in stored.items() if p.space)
         assert reader.nearest_items(user, 5)
 
 
@@ -163,6 +163,15 @@ def test_events_flow_through_a_swap_a_broken_release_and_a_rollback(
         assert worker.error is None
 
 
+def swap_to(release: Release, worker: WorkerProcess) -> None:
+    before = worker.metric("penchant_releases_swapped")
+    make_current(release)
+    eventually(
+        f"the swap to {release.id}\n{worker.log}",
+        lambda: worker.metric("penchant_releases_swapped") > before,
+    )
+
+
 def test_ten_swaps_in_a_row_with_a_crash_in_the_middle_of_one(
     settings: Settings, base: Release, start: Start
 ) -> None:
@@ -172,27 +181,19 @@ def test_ten_swaps_in_a_row_with_a_crash_in_the_middle_of_one(
     worker = start(settings, "ann").wait_ready()
     traffic = Traffic(settings, films(SEED, HEAVY, LIGHT), per_s=40).start()
     eventually("events flow", lambda: worker.metric("penchant_events_applied") > 0)
-    flips = 0.0
-    for i, release in enumerate(chain[1:], start=1):
-        make_current(release)
-        if i == 5:
-            eventually(
-                "some profiles are moved, or all",
-                lambda: worker.metric("penchant_profiles_migrated") > 0,
-            )
-            worker.kill()
-            worker = start(settings, "bob")
-            flips = -float(i)
-            eventually("it is back", worker.ready)
-            continue
-        eventually(
-            f"swap {i}\n{worker.log}",
-            lambda i=i: worker.metric("penchant_releases_swapped") >= i + flips,
-        )
+    for release in chain[1:5]:
+        swap_to(release, worker)
+    make_current(chain[5])
+    eventually("profiles move", lambda: worker.metric("penchant_profiles_migrated") > 0)
+    worker.kill()
+    successor = start(settings, "bob").wait_ready()
+    for release in chain[6:]:
+        swap_to(release, successor)
     traffic.finish()
     wait_until_folded(settings)
     assert_all_right_in(settings, chain[-1])
-    assert worker.running
+    assert successor.running
+    assert successor.metric("penchant_release_flip_seconds_count") == len(chain[6:])
 
 
 def test_a_worker_that_is_behind_folds_into_the_space_of_those_ahead(
@@ -211,30 +212,34 @@ def test_a_worker_that_is_behind_folds_into_the_space_of_those_ahead(
         Traffic(settings, records[:half], per_s=10_000).start().finish()
         wait_until_folded(settings)
     assert ahead.error is None
+    before = stored_now(settings)
     with LocalWorker(blind) as behind:  # it loads the first release, and stays there
         make_current(second)
-        ahead.swapper.hot_swap.live = base.id
-        swapping = LocalWorker(settings)
-        make_all_move(swapping, second)
-        eventually("all profiles are ahead", lambda: swept(settings, second.space))
+        sweep_all(LocalWorker(settings), second)
         Traffic(settings, records[half:], per_s=10_000).start().finish()
         wait_until_folded(settings)
         assert behind.error is None
         assert behind.updater.catalogue.engine.release.id == base.id
-    with redis.Redis.from_url(settings.redis.url) as client:
-        stored = stored_profiles(client, settings.namespace)
+    stored = stored_now(settings)
     for release in (base, second):  # newcomers are in the space of the worker that met them
         there = {u: p for u, p in stored.items() if p.space in (release.space, "")}
         expected = Expectation(settings, release).profiles(RULES)
         wrong = differences(there, {u: expected[u] for u in there})
         assert not wrong, f"{release.id}: {wrong}"
-    spaces = [p.space for p in stored.values()]
-    assert spaces.count(second.space) > spaces.count(base.space)
+    grown = {u for u, p in before.items() if stored[u].events > p.events}
+    assert grown
+    assert {stored[u].space for u in grown} <= {second.space, ""}
+    assert base.space in {p.space for p in stored.values()}
 
 
-def make_all_move(worker: LocalWorker, release: Release) -> None:
-    """Sweep by a worker that takes no events."""
+def stored_now(settings: Settings) -> dict[str, Profile]:
+    with redis.Redis.from_url(settings.redis.url) as client:
+        return stored_profiles(client, settings.namespace)
+
+
+def sweep_all(worker: LocalWorker, release: Release) -> None:
+    """By a worker that takes no events."""
     assert worker.updater.catalogue.engine.release.id == release.id
     worker.swapper.start()
-    eventually("swept", lambda: worker.swapper._sweeper.sweep())
+    eventually("all profiles are swept", lambda: swept(worker.settings, release.space))
     worker.swapper.stop()

@@ -128,6 +128,7 @@ class LocalWorker:
     are, with an engine of its own. It starts at once, and its failure can be looked at."""
 
     def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         topics, partitions = find_topics(settings)
         engine = Engine(load_current(settings.model.releases), device="cpu", threads=1)
         self.error: BaseException | None = None
