@@ -87,7 +87,7 @@ class Migrator:
         through the map; items (m,) with 0 for none. Zero rows stay zero."""
         out = arithmetic.unit(vectors @ self.map(space, other))
         keys = [key for key in np.unique(items).tolist() if key]
-        exact = self._vectors(other, keys)
+        exact = self._items.vectors_by_key(_name(other), keys)  # not remembered: it is written to
         for i, key in enumerate(items.tolist()):
             if key in exact and vectors[i].any():
                 out[i] = exact[key]

@@ -3,6 +3,7 @@ that is live in the end, whatever happened on the way."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -140,8 +141,10 @@ def test_events_flow_through_a_swap_a_broken_release_and_a_rollback(
     with LocalWorker(settings) as worker:
         traffic = Traffic(settings, records, per_s=60).start()
         eventually("events flow", lambda: applied() > 0)
+        first = weakref.ref(worker.updater.catalogue.engine)
         make_current(second)
         eventually("the second serves", serves(worker, second))
+        eventually("the first engine is let go", lambda: first() is None)
 
         projection.write_bytes(whole[:-7])
         refused = metrics.RELEASES_REFUSED._value.get()
@@ -161,6 +164,8 @@ def test_events_flow_through_a_swap_a_broken_release_and_a_rollback(
         wait_until_folded(settings)
         assert_all_right_in(settings, third)
         assert worker.error is None
+    flips, took_s = metrics.RELEASES_SWAPPED._value.get(), metrics.FLIP_S._sum.get()
+    print(f"\n{flips:.0f} flips in {1000 * took_s:.3f} ms")
 
 
 def swap_to(release: Release, worker: WorkerProcess) -> None:
