@@ -10,6 +10,7 @@
         ├── ReleaseMissing       build a release, or point at the right folder
         ├── ReleaseCorrupt       delete the folder and build it again
         ├── ReleaseTooNew        upgrade this process
+        ├── ReleaseOvertaken     another release went live: train from that one
         └── ReleaseUnwritable    make room, or name another folder
 
 Each message is one line that says what is wrong and what to do about it, so that a
@@ -57,6 +58,10 @@ class ReleaseCorrupt(ReleaseError):
 
 class ReleaseTooNew(ReleaseError):
     """The release was written in a later format than this process reads."""
+
+
+class ReleaseOvertaken(ReleaseError):
+    """Another release went live since the one that this was measured against."""
 
 
 class ReleaseUnwritable(ReleaseError):

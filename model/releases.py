@@ -6,12 +6,20 @@
         manifest.json             format, ids, encoder settings, SHA-256 of every file
         encoder/                  the tower: config, tokenizer, safetensors
         projection.safetensors    the linear map from the tower's width to D
+      trained-0123456789abcdef/   those, and what training adds:
+        item_vectors.safetensors  the catalogue: ids, text versions, vectors
+        transition.safetensors    the maps from the parent's space to this one and back
+        metrics.json              the figures it was accepted on
+        window_encoder.safetensors, …: parts that this module does not look into
+    HISTORY                       a line of JSON per move of CURRENT
+    DECISIONS                     a line of JSON per verdict of the gate, rejections too
 
 A release is built beside its name, synced, and renamed to it; a crash leaves a
 `.building-…` folder that the next build removes. Nothing in a release ever changes.
 
 A *space* is the id of what a vector means: weights, tokenizer, pooling, prefixes, the
-cut at `max_tokens` and the projection. Vectors of two spaces are never compared.
+cut at `max_tokens` and the projection; and the item vectors, where they say more than
+their texts do. Vectors of two spaces are never compared.
 """
 
 from __future__ import annotations
@@ -23,33 +31,43 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from safetensors import SafetensorError
 
+from .catalogue_vectors import CatalogueVectors
 from .encoder import TOWER_FILES, DType, Pooling, TextEncoder, tower_folder
 from .errors import (
     EncoderSettingsInvalid,
     ReleaseCorrupt,
     ReleaseMissing,
+    ReleaseOvertaken,
     ReleaseTooNew,
     ReleaseUnwritable,
 )
 from .projection import FIT_TEXTS, FIT_VERSION, Projection, fit_projection
 from .text import text_version
+from .transition import Transition
 
-FORMAT_VERSION = 1
+BASE_FORMAT: Final = 1
+FORMAT_VERSION: Final = 2  # 1 knows no parts beside encoder and projection
 
 CURRENT = "CURRENT"
+HISTORY = "HISTORY"
+DECISIONS = "DECISIONS"
 MANIFEST = "manifest.json"
 ENCODER = "encoder"
 PROJECTION = "projection.safetensors"
+ITEM_VECTORS = "item_vectors.safetensors"
+TRANSITION = "transition.safetensors"
+METRICS = "metrics.json"
+_OWN_PARTS: Final = (MANIFEST, PROJECTION, ITEM_VECTORS, TRANSITION, METRICS)
 
 # No dots and no slashes: a name in CURRENT or in a manifest cannot leave the folder.
 _RELEASE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,80}")
@@ -77,6 +95,35 @@ class Release:
     fitted_on: int
     """Different texts that the projection was fitted on; with 0 it is a random one."""
     created_at: str
+    parent: str = ""
+    """The release that this one was trained from; "" for a base release."""
+    learned_items: bool = False
+    """The item vectors hold more than their texts say, and are part of what the space means."""
+    parts: tuple[str, ...] = ()
+    """File names beside encoder and projection."""
+
+    def part(self, name: str) -> Path:
+        """The file of a part. Raises ReleaseMissing where this release has no such part."""
+        if name not in self.parts:
+            raise ReleaseMissing(f"{self.path} has no {name}: train a release that has one")
+        return self.path / name
+
+    def load_item_vectors(self) -> CatalogueVectors | None:
+        """The vectors of the catalogue, where the trainer shipped them."""
+        if ITEM_VECTORS not in self.parts:
+            return None
+        return CatalogueVectors.load(self.path / ITEM_VECTORS)
+
+    def load_transition(self) -> Transition | None:
+        """The maps between the parent's space and this one; None where they are one space."""
+        return Transition.load(self.path / TRANSITION) if TRANSITION in self.parts else None
+
+    def metrics(self) -> dict[str, Any]:
+        """The figures it was accepted on; {} for a base release."""
+        if METRICS not in self.parts:
+            return {}
+        found: dict[str, Any] = json.loads((self.path / METRICS).read_text(encoding="utf-8"))
+        return found
 
     def load_encoder(self, *, device: str = "auto", dtype: DType = "auto") -> TextEncoder:
         """The encoder of this release. Raises as `TextEncoder.from_pretrained` does."""
@@ -165,19 +212,191 @@ def build_base(
     return load(target)
 
 
-def make_current(release: Release) -> None:
-    """Make `release` the live one of its releases folder, atomically. Raises ReleaseUnwritable."""
+def publish(
+    parent: Release,
+    projection: Projection,
+    *,
+    encoder: Path | None = None,
+    parts: Mapping[str, Path] | None = None,
+    item_vectors: CatalogueVectors | None = None,
+    learned_items: bool = False,
+    transition: Transition | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    now: datetime,
+) -> Release:
+    """Put a trained release beside its parent; CURRENT is left alone, see `make_current`.
+
+    `encoder` is the folder of a tower that was trained too; without it the parent's serves.
+    `parts` are files that go in as they are: name -> file. `learned_items` says that the item
+    vectors hold more than their texts say. `transition` leads from the parent's space to the
+    new one, whose id it need not know yet.
+
+    Either the whole release is there afterwards or nothing of it. The same content gives the
+    same release. Raises ReleaseUnwritable (a full disk, too), ValueError for parts that do not
+    fit each other, and what `load` raises.
+    """
+    parts = parts or {}
+    for name in parts:
+        if name in _OWN_PARTS or not _FILE_NAME.fullmatch(name) or "/" in name:
+            raise ValueError(f"{name!r} cannot be the name of a part")
+    if learned_items and item_vectors is None:
+        raise ValueError("learned_items without item_vectors")
+    if item_vectors is not None and item_vectors.vectors.shape[1] != projection.dimensions:
+        raise ValueError(
+            f"item vectors have {item_vectors.vectors.shape[1]} dimensions, "
+            f"the projection gives {projection.dimensions}"
+        )
+    folder = parent.path.parent
+    with _writable(folder), _sole_builder(folder), _building(folder / "trained") as draft:
+        if encoder is None:
+            _link_tower(parent.path / ENCODER, draft.folder / ENCODER)
+        else:
+            _copy_tower(encoder, draft.folder / ENCODER)
+        projection.save(draft.folder / PROJECTION)
+        for name, file in parts.items():
+            shutil.copyfile(file, draft.folder / name)
+        if item_vectors is not None:
+            item_vectors.save(draft.folder / ITEM_VECTORS)
+        files = _checksums(draft.folder)
+        space = _space_id(FORMAT_VERSION, files, parent, learned_items)
+        if transition is not None and space != parent.space:
+            replace(transition, from_space=parent.space, to_space=space).save(
+                draft.folder / TRANSITION
+            )
+        if metrics is not None:
+            text = json.dumps(metrics, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+            (draft.folder / METRICS).write_text(text, encoding="utf-8")
+        files = _checksums(draft.folder)
+        name = f"trained-{_digest({'parent': parent.id, 'files': files})}"
+        release = replace(
+            parent,
+            path=folder / name,
+            id=name,
+            space=space,
+            width=projection.width,
+            dimensions=projection.dimensions,
+            created_at=now.isoformat(),
+            parent=parent.id,
+            learned_items=learned_items,
+        )
+        _write_manifest(draft.folder, release, FORMAT_VERSION)
+        draft.target = release.path
+    return load(release.path)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One move of CURRENT."""
+
+    at: str
+    before: str  # release id; "" where none was live
+    release: str
+    why: str
+
+
+def make_current(
+    release: Release,
+    *,
+    expected: str | None = None,
+    why: str = "promoted",
+    now: datetime | None = None,
+) -> None:
+    """Make `release` the live one of its releases folder, atomically, and note it in HISTORY.
+
+    `expected` is the id of the release that must still be live: of two trainers that made
+    their candidates from one release, the second is told so. Raises ReleaseOvertaken then,
+    and ReleaseUnwritable.
+    """
     folder = release.path.parent
-    with _writable(folder):
-        draft = folder / f".{CURRENT}-{uuid.uuid4().hex[:8]}"
-        draft.write_text(release.path.name + "\n", encoding="utf-8")
-        _sync(draft)
-        draft.replace(folder / CURRENT)
-        _sync(folder)
+    at = (now or datetime.now(UTC)).isoformat()
+    with _writable(folder), _sole_builder(folder, ".lock-current"):
+        before = _named(folder)
+        if expected is not None and before != expected:
+            raise ReleaseOvertaken(
+                f"{before or 'no release'} is live in {folder}, not {expected}, which "
+                f"{release.id} was measured against: train from the live release"
+            )
+        _replace_file(folder / CURRENT, release.path.name + "\n")
+        if before != release.path.name:
+            _append_line(folder / HISTORY, asdict(Move(at, before, release.path.name, why)))
 
 
-def load_current(releases_dir: Path) -> Release:
-    """The live release, verified. Raises ReleaseMissing where there is none, and as `load`."""
+def history(releases_dir: Path) -> list[Move]:
+    """The moves of CURRENT, oldest first. A line that a crash cut short is passed over."""
+    return [
+        Move(**{f.name: str(line.get(f.name, "")) for f in fields(Move)})
+        for line in _read_lines(releases_dir / HISTORY)
+    ]
+
+
+def rollback(releases_dir: Path, *, now: datetime | None = None) -> Release:
+    """Make the release live that was before the current one, and again the one before that.
+
+    Raises ReleaseMissing where there is none, and what `load` raises; then nothing moved.
+    """
+    live: list[str] = []  # those that rolling back would return to, the current one last
+    for move in history(releases_dir):
+        if move.why == ROLLED_BACK and move.release in live:
+            del live[live.index(move.release) + 1 :]
+        else:
+            live = live or ([move.before] if move.before else [])
+            live.append(move.release)
+    current = _named(releases_dir)
+    while live and live[-1] == current:
+        live.pop()
+    if not live:
+        raise ReleaseMissing(
+            f"{releases_dir} has no release to go back to: {HISTORY} names none before "
+            f"{current or 'the first'}"
+        )
+    release = load(releases_dir / live[-1])
+    make_current(release, expected=current, why=ROLLED_BACK, now=now)
+    return release
+
+
+ROLLED_BACK: Final = "rolled back"
+
+
+def record_decision(releases_dir: Path, decision: Mapping[str, Any]) -> None:
+    """Note a verdict of the gate, with all its figures. Raises ReleaseUnwritable."""
+    with _writable(releases_dir), _sole_builder(releases_dir, ".lock-current"):
+        _append_line(releases_dir / DECISIONS, decision)
+
+
+def decisions(releases_dir: Path) -> list[dict[str, Any]]:
+    """The verdicts of the gate, oldest first."""
+    return _read_lines(releases_dir / DECISIONS)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a releases folder holds under one name, with its manifest taken at its word."""
+
+    id: str
+    release: Release | None
+    problem: str = ""  # why it cannot be read; "" where it can
+    current: bool = False
+
+
+def list_releases(releases_dir: Path) -> list[Listed]:
+    """Everything that looks like a release, oldest first; checksums are left for `load`."""
+    current, found = _named(releases_dir), list[Listed]()
+    for path in sorted(releases_dir.iterdir()) if releases_dir.is_dir() else ():
+        if not path.is_dir() or not _RELEASE_NAME.fullmatch(path.name):
+            continue
+        try:
+            release, problem = peek(path), ""
+        except (ReleaseCorrupt, ReleaseTooNew) as error:
+            release, problem = None, str(error)
+        found.append(Listed(path.name, release, problem, path.name == current))
+    if current and all(listed.id != current for listed in found):
+        found.append(Listed(current, None, f"{CURRENT} names it, and it is not there", True))
+    return sorted(found, key=lambda x: (x.release.created_at if x.release else "", x.id))
+
+
+def current_name(releases_dir: Path) -> str:
+    """The name in CURRENT. Raises ReleaseMissing and ReleaseCorrupt."""
+
     pointer = releases_dir / CURRENT
     try:
         name = pointer.read_text(encoding="utf-8", errors="replace").strip()
@@ -191,7 +410,20 @@ def load_current(releases_dir: Path) -> Release:
             f"{pointer} does not name a release ({name[:40]!r}); "
             f"write the name of a folder of {releases_dir} into it"
         )
-    return load(releases_dir / name)
+    return name
+
+
+def load_current(releases_dir: Path) -> Release:
+    """The live release, verified. Raises ReleaseMissing where there is none, and as `load`."""
+    return load(releases_dir / current_name(releases_dir))
+
+
+def _named(releases_dir: Path) -> str:
+    """The name in CURRENT, "" where there is none that could be a release."""
+    try:
+        return current_name(releases_dir)
+    except (ReleaseMissing, ReleaseCorrupt):
+        return ""
 
 
 def load(path: Path) -> Release:
@@ -199,6 +431,20 @@ def load(path: Path) -> Release:
 
     Raises ReleaseMissing, ReleaseTooNew and ReleaseCorrupt.
     """
+    manifest, release = _peeked(path)
+    files = _verified_files(path, manifest)
+    _check_shapes(release)
+    if release.space != _space_id(manifest["format"], files, release, release.learned_items):
+        raise _corrupt(path, "its space id does not follow from its files")
+    return release
+
+
+def peek(path: Path) -> Release:
+    """What the manifest at `path` says, without a look at the files. Raises as `load`."""
+    return _peeked(path)[1]
+
+
+def _peeked(path: Path) -> tuple[dict[str, Any], Release]:
     if not path.is_dir():
         raise ReleaseMissing(
             f"there is no release {path}; build it, or point {CURRENT} beside it at one that exists"
@@ -210,14 +456,9 @@ def load(path: Path) -> Release:
             f"{path} is of release format {version}, this process reads up to {FORMAT_VERSION}; "
             "upgrade Penchant, or point CURRENT at an older release"
         )
-    if version != FORMAT_VERSION:
+    if version not in range(BASE_FORMAT, FORMAT_VERSION + 1):
         raise _corrupt(path, f"{MANIFEST} has no known format")
-    release = _release_from(path, manifest)
-    files = _verified_files(path, manifest)
-    _check_shapes(release)
-    if release.space != _space_id(files, release):
-        raise _corrupt(path, "its space id does not follow from its files")
-    return release
+    return manifest, _release_from(path, manifest)
 
 
 def _build(
@@ -230,9 +471,9 @@ def _build(
 ) -> None:
     encoder = recipe.encoder(device)
     projection = _fit(encoder, recipe.dimensions, texts, progress)
-    with _building(target) as folder:
-        _link_tower(recipe.source, folder / ENCODER)
-        projection.save(folder / PROJECTION)
+    with _building(target) as draft:
+        _link_tower(recipe.source, draft.folder / ENCODER)
+        projection.save(draft.folder / PROJECTION)
         release = Release(
             path=target,
             id=target.name,
@@ -247,7 +488,9 @@ def _build(
             fitted_on=len(texts),
             created_at=now.isoformat(),
         )
-        _write_manifest(folder, release)
+        files = _checksums(draft.folder)
+        release = replace(release, space=_space_id(BASE_FORMAT, files, release, False))
+        _write_manifest(draft.folder, release, BASE_FORMAT)
 
 
 def _fit(
@@ -277,7 +520,7 @@ def _texts_to_fit_on(catalogue_texts: Sequence[str]) -> list[str]:
 
 def _base_id(recipe: _Recipe, texts: Sequence[str]) -> str:
     inputs = {
-        "format": FORMAT_VERSION,
+        "format": BASE_FORMAT,
         "fit": FIT_VERSION,
         "tower": {file.name: _sha256(file) for file in _tower_files(recipe.source)},
         "dimensions": recipe.dimensions,
@@ -287,8 +530,20 @@ def _base_id(recipe: _Recipe, texts: Sequence[str]) -> str:
     return f"base-{_digest(inputs)}"
 
 
-def _space_id(files: dict[str, str], release: Release) -> str:
-    return _digest({"files": files, "reading": _reading(release)})
+def _space_id(version: int, files: dict[str, str], release: Release, learned_items: bool) -> str:
+    if version > BASE_FORMAT:  # a base release has no other files
+        means = {f: digest for f, digest in files.items() if _gives_meaning(f, learned_items)}
+    else:
+        means = files
+    return _digest({"files": means, "reading": _reading(release)})
+
+
+def _gives_meaning(file: str, learned_items: bool) -> bool:
+    """Whether a vector would mean something else if this file were another. So a release that
+    only has another window encoder keeps its parent's space, and no profile has to move."""
+    if file == ITEM_VECTORS:
+        return learned_items
+    return file == PROJECTION or file.startswith(f"{ENCODER}/")
 
 
 def _reading(of: Release | _Recipe) -> dict[str, str | int]:
@@ -330,6 +585,13 @@ def _link_tower(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
+def _copy_tower(source: Path, folder: Path) -> None:
+    """Copies: a trainer may write into its own files again."""
+    folder.mkdir()
+    for file in _tower_files(source):
+        shutil.copyfile(file, folder / file.name)
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -340,38 +602,44 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _write_manifest(folder: Path, release: Release) -> None:
-    files = {
+def _checksums(folder: Path) -> dict[str, str]:
+    return {
         file.relative_to(folder).as_posix(): _sha256(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
-    manifest = asdict(release) | {
-        "format": FORMAT_VERSION,
-        "space": _space_id(files, release),
-        "files": files,
-    }
-    del manifest["path"]  # a release may be moved
+
+
+# Of these a format 1 manifest knows nothing: they have their defaults there.
+_TRAINED: Final = ("parent", "learned_items")
+
+
+def _write_manifest(folder: Path, release: Release, version: int) -> None:
+    left_out = {"path", "parts", *(_TRAINED if version == BASE_FORMAT else ())}
+    about = {k: v for k, v in asdict(release).items() if k not in left_out}  # it may be moved
+    manifest = about | {"format": version, "files": _checksums(folder)}
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _release_from(path: Path, manifest: dict[str, Any]) -> Release:
-    types = {
-        field.name: int if field.name in ("width", "dimensions", "max_tokens", "fitted_on") else str
-        for field in fields(Release)
-        if field.name != "path"
-    }
+    types: dict[str, type] = {field.name: str for field in fields(Release)}
+    types |= dict.fromkeys(("width", "dimensions", "max_tokens", "fitted_on"), int)
+    types["learned_items"] = bool
+    for name in ("path", "parts", *(_TRAINED if manifest["format"] == BASE_FORMAT else ())):
+        del types[name]
     for name, kind in types.items():
         if not isinstance(manifest.get(name), kind):
             raise _corrupt(path, f"{MANIFEST} lacks {name}")
-    return Release(path=path, **{name: manifest[name] for name in types})
-
-
-def _verified_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise _corrupt(path, f"{MANIFEST} lists no files")
+    parts = tuple(sorted(f for f in files if "/" not in f and f != PROJECTION))
+    return Release(path=path, parts=parts, **{name: manifest[name] for name in types})
+
+
+def _verified_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    files: dict[str, str] = manifest["files"]
     for name, expected in files.items():
         if not _FILE_NAME.fullmatch(name):
             raise _corrupt(path, f"{MANIFEST} lists the odd name {name[:40]!r}")
@@ -396,6 +664,23 @@ def _check_shapes(release: Release) -> None:
             f"it maps {projection.width} to {projection.dimensions}, "
             f"{MANIFEST} says {release.width} to {release.dimensions}",
         )
+    try:
+        what = ITEM_VECTORS
+        items = release.load_item_vectors()
+        what = TRANSITION
+        transition = release.load_transition()
+        what = METRICS
+        release.metrics()
+    except (SafetensorError, ValueError) as error:
+        raise _corrupt(release.path, f"{what} cannot be read ({error})") from error
+    if items is not None and items.vectors.shape[1] != release.dimensions:
+        raise _corrupt(release.path, f"{ITEM_VECTORS} has {items.vectors.shape[1]} dimensions")
+    if release.learned_items and items is None:
+        raise _corrupt(release.path, f"it lacks {ITEM_VECTORS}, which its space depends on")
+    if transition is not None and (
+        transition.to_space != release.space or transition.forward.shape[1] != release.dimensions
+    ):
+        raise _corrupt(release.path, f"{TRANSITION} leads to another space")
 
 
 def _corrupt(path: Path, what: str) -> ReleaseCorrupt:
@@ -419,29 +704,78 @@ def _writable(releases_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _sole_builder(releases_dir: Path) -> Iterator[None]:
+def _sole_builder(releases_dir: Path, name: str = ".lock") -> Iterator[None]:
     """Wait for any other builder; the kernel lets go of the lock of one that dies."""
-    with (releases_dir / ".lock").open("w") as lock:
+    with (releases_dir / name).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
+@dataclass
+class _Draft:
+    folder: Path
+    target: Path  # where it goes, which may be settled last
+
+
 @contextmanager
-def _building(target: Path) -> Iterator[Path]:
+def _building(target: Path) -> Iterator[_Draft]:
     """A folder that becomes `target` when the body is done, and leaves nothing if it fails."""
     for leftover in target.parent.glob(".building-*"):  # of a builder that was killed
         shutil.rmtree(leftover)
-    folder = target.parent / f".building-{target.name}"
-    folder.mkdir()
+    draft = _Draft(target.parent / f".building-{target.name}", target)
+    draft.folder.mkdir()
     try:
-        yield folder
-        for path in (*folder.rglob("*"), folder):
+        yield draft
+        for path in (*draft.folder.rglob("*"), draft.folder):
             _sync(path)
-        folder.rename(target)
-        _sync(target.parent)
+        if draft.target.exists():  # the same content, published before
+            shutil.rmtree(draft.folder)
+        else:
+            draft.folder.rename(draft.target)
+        _sync(draft.target.parent)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(draft.folder, ignore_errors=True)
         raise
+
+
+def _replace_file(file: Path, text: str) -> None:
+    draft = file.parent / f".{file.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        draft.write_text(text, encoding="utf-8")
+        _sync(draft)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+    _sync(file.parent)
+
+
+def _append_line(file: Path, value: Mapping[str, Any]) -> None:
+    with file.open("a+b") as stream:
+        # After a crash the last line may lack its end; the next must not run into it.
+        end = stream.seek(0, os.SEEK_END)
+        torn = b""
+        if end:
+            stream.seek(end - 1)
+            torn = b"" if stream.read(1) == b"\n" else b"\n"
+        stream.write(torn + json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def _sync(path: Path) -> None:

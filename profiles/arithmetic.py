@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -135,6 +136,20 @@ Row = tuple[bytes, bytes, bytes, bytes, bytes, dict[int, int], bytes]
 _STATE_PARTS: Final = 5
 
 
+def take(profiles: Profiles, rows: Sequence[int]) -> Profiles:
+    """Some of the users, in this order. What a fold changes of them it does not change in
+    `profiles`, but for the watermarks."""
+    return Profiles(
+        profiles.header[list(rows)],
+        [profiles.window[r] for r in rows],
+        [profiles.seen[r] for r in rows],
+        [profiles.categories[r] for r in rows],
+        [profiles.pending[r] for r in rows],
+        [profiles.watermarks[r] for r in rows],
+        [profiles.fences[r] for r in rows],
+    )
+
+
 # --- bytes -> profiles ---------------------------------------------------------------------
 
 
@@ -170,6 +185,8 @@ def next_fences(
     writer: int,
     now_s: float,
     ttl_s: int,
+    *,
+    may_renew: bool = True,
 ) -> tuple[list[bytes], list[int]]:
     """The fences to write over n stored ones, and the expiries to set (unix seconds; 0 = leave
     the one in force)."""
@@ -178,7 +195,7 @@ def next_fences(
     header["revision"] += 1
     header["writer"] = writer
     left_s = header["expires_s"] - now_s
-    renew = (left_s < ttl_s * _RENEW_SHARE) | (left_s > ttl_s)
+    renew = ((left_s < ttl_s * _RENEW_SHARE) | (left_s > ttl_s)) & may_renew
     header["expires_s"][renew] = int(now_s) + ttl_s
     heads = _cut(header.tobytes(), [_FENCE] * len(header))
     written = [h + _watermark_bytes(w) for h, w in zip(heads, watermarks, strict=True)]
@@ -584,6 +601,76 @@ def resolve_pending(
         space,
     )
     return len(rows)
+
+
+# --- migrate -------------------------------------------------------------------------------
+
+
+def migrate(
+    profiles: Profiles,
+    rows: Sequence[int],
+    transition: Floats,
+    old: Mapping[int, Floats],
+    new: Mapping[int, Floats],
+    layout: Layout,
+    space: int,
+) -> None:
+    """Carry the sums of these rows, all of one space, into `space`, in place.
+
+    transition: (D, D), old vector @ transition ~ new vector. old, new: item key -> (D,) vector
+    in either space. What an item of the recent window contributed is replaced exactly where
+    both its vectors are given; the rest of a sum goes through the transition:
+
+        S' = S W + sum_i w_i 2^(-(T - t_i) / h) (new_i - old_i W)        i in the window
+
+    Masses, categories and all else do not depend on the space. Raises ValueError for another
+    shape of the transition.
+    """
+    if transition.shape != (layout.dimensions, layout.dimensions):
+        raise ValueError(
+            f"a transition of {transition.shape} cannot carry {layout.dimensions} dimensions"
+        )
+    header, picked = profiles.header, np.asarray(rows, dtype=np.int64)
+    header["sums"][picked] = header["sums"][picked] @ transition
+    header["space"][picked] = space
+    items = sorted(old.keys() & new.keys())
+    counted = [_folded_entries(profiles, row) for row in picked.tolist()]
+    lengths = [len(entries) for entries in counted]
+    if not items or not sum(lengths):
+        return
+    before, after = (np.stack([side[i] for i in items]) for side in (old, new))  # (u, D)
+    change = (after - before.astype(np.float64) @ transition).astype(np.float32)
+    keys = np.asarray(items, dtype=np.uint64)
+    entries = np.concatenate(counted)
+    at = np.minimum(np.searchsorted(keys, entries["item"]), len(keys) - 1)
+    known = keys[at] == entries["item"]
+    row = np.repeat(picked, lengths)[known]
+    entries, at = entries[known], at[known]
+    age_ms = (header["updated_ms"][row] - entries["t_ms"]).astype(np.float64)
+    share = np.exp2(-age_ms[:, None] / layout.half_lives_ms) * entries["weight"][:, None]  # (m, K)
+    users, starts = np.unique(row, return_index=True)  # `row` is grouped, not always ascending
+    order = np.argsort(starts)
+    users, starts = users[order], starts[order]
+    for k in range(share.shape[1] if len(users) else 0):
+        moved = share[:, k, None].astype(np.float32) * change[at]  # (m, D)
+        header["sums"][users, k] += np.add.reduceat(moved, starts, axis=0)
+
+
+def _folded_entries(profiles: Profiles, row: int) -> NDArray[Any]:
+    """The window entries of a user whose item's vector is in the sums: those of an item, and not
+    waiting for its text. An entry that is there twice and waits once counts once."""
+    entries = np.frombuffer(profiles.window[row], dtype=schema.WINDOW_ENTRY)
+    folded = (entries["item"] != 0) & (entries["flags"] & schema.FLAG_TEXT == 0)
+    if profiles.pending[row]:
+        raw = profiles.pending[row]
+        waiting = Counter(raw[i : i + _ENTRY] for i in range(0, len(raw), _ENTRY))
+        for i, entry in enumerate(entries):
+            key = entry.tobytes()
+            if waiting[key] > 0:
+                waiting[key] -= 1
+                folded[i] = False
+    kept: NDArray[Any] = entries[folded]
+    return kept
 
 
 # --- merge ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ It does not know how a text becomes a vector, nor which topic an item came from.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -121,6 +121,58 @@ class ItemStore:
             if raw is not None and raw[:8] == bytes.fromhex(version)
         }
 
+    def vectors_by_key(self, space: str, items: Sequence[int]) -> dict[int, Floats]:
+        """item key -> (D,) vector of whatever text was encoded last, of those that have one."""
+        ids = {key: record.item_id for key, (record, _) in self.records(items).items()}
+        with redis_errors(self._where):
+            pipe = self._client.pipeline(transaction=False)
+            for key, item_id in ids.items():
+                pipe.hget(self._keys.vectors(space, key), item_id)
+            replies = pipe.execute()
+        return {
+            key: np.frombuffer(raw, dtype="<f4", offset=8)
+            for key, raw in zip(ids, replies, strict=True)
+            if raw is not None
+        }
+
+    def some_vectors(self, space: str, most: int) -> dict[str, Floats]:
+        """item id -> (D,) vector of about `most` items of a space, from the same buckets for every
+        space."""
+        found: dict[str, Floats] = {}
+        for bucket in range(BUCKETS):
+            with redis_errors(self._where):
+                stored = cast(
+                    dict[bytes, bytes],
+                    self._client.hgetall(self._keys.vectors_bucket(space, bucket)),
+                )
+            for item_id, raw in stored.items():
+                found[item_id.decode()] = np.frombuffer(raw, dtype="<f4", offset=8)
+            if len(found) >= most:
+                break
+        return found
+
+    def item_pages(self) -> Iterator[list[int]]:
+        """The keys of all items, in no order and some perhaps twice."""
+        prefix = self._keys.item(0)[:-16]
+        cursor = -1
+        while cursor != 0:
+            with redis_errors(self._where):
+                cursor, found = cast(
+                    tuple[int, list[bytes]],
+                    self._client.scan(max(cursor, 0), match=f"{prefix}*", count=1_000),
+                )
+            if found:
+                yield [int(key[-16:], 16) for key in found]
+
+    def drop_space(self, space: str) -> None:
+        """Give up all vectors of a space that no profile lives in any more."""
+        with redis_errors(self._where):
+            pipe = self._client.pipeline(transaction=False)
+            for bucket in range(BUCKETS):
+                pipe.unlink(self._keys.vectors_bucket(space, bucket))
+            pipe.unlink(self._keys.index(space))
+            pipe.execute()
+
     def drop_vectors(self, space: str, item_ids: Iterable[str]) -> None:
         """Take items out of search: no nearest-items answer names them any more."""
         with redis_errors(self._where):
@@ -140,9 +192,18 @@ class ItemStore:
         return self._has_vector_sets
 
     def set_space(self, space: str) -> None:
-        """Tell readers which space workers write now."""
+        """Tell readers and other workers which space workers write now."""
+        if self.current_space() != space:
+            with redis_errors(self._where):
+                # First: with the space current, an earlier sweep into it must not look done.
+                self._client.unlink(self._keys.sweep(space))
+                self._client.set(self._keys.current_space(), space)
+
+    def current_space(self) -> str:
+        """The space that workers write now; "" before the first."""
         with redis_errors(self._where):
-            self._client.set(self._keys.current_space(), space)
+            raw = cast(bytes | None, self._client.get(self._keys.current_space()))
+        return raw.decode() if raw else ""
 
     # categories
 

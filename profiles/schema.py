@@ -79,6 +79,8 @@ MAX_PENDING: Final = 256
 # A forgotten user's id must not stay for ever in the set of an item that never comes. Whoever
 # is still waiting by then is served at their next event.
 WAITING_TTL_S: Final = 30 * 86_400
+SWEEP_TURN_S: Final = 30
+SWEEP_TTL_S: Final = 30 * 86_400
 
 
 def key64(text: str) -> int:
@@ -203,8 +205,20 @@ class Keys:
         return f"{self.namespace}:item-changes"
 
     def current_space(self) -> str:
-        """String: the space id that workers write now."""
+        """String: the space id that workers write now. Its items are all there before it is
+        named; a worker of another space moves no profile out of it."""
         return f"{self.namespace}:space"
+
+    def sweep(self, space: str) -> str:
+        """Hash of the migration of untouched profiles into one space: cursor (of SCAN, where to go
+        on), seen and moved (profiles, so far), done (1 when none is left); expires after
+        SWEEP_TTL_S."""
+        return f"{self.namespace}:sweep:{space}"
+
+    def sweep_turn(self) -> str:
+        """String: the worker whose turn it is to migrate untouched profiles; expires after
+        SWEEP_TURN_S without a sign of it."""
+        return f"{self.namespace}:sweep-turn"
 
 
 # KEYS: profile keys. No ARGV. Reply: state, fence, state, fence, …

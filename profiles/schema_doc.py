@@ -63,6 +63,8 @@ def _keys() -> list[str]:
         ("categories", _EXAMPLE.categories()),
         ("item_changes", _EXAMPLE.item_changes()),
         ("current_space", _EXAMPLE.current_space()),
+        ("sweep", _EXAMPLE.sweep("SPACE")),
+        ("sweep_turn", _EXAMPLE.sweep_turn()),
     ]
     rows = [f"| `{key}` | {_words(getattr(schema.Keys, name))} |" for name, key in keys]
     return [
@@ -164,7 +166,8 @@ def _numbers() -> list[str]:
 
 _READER_COMMANDS: Final = "+hget +hmget +hgetall +scan +command|info +vsim +ping +client|setinfo"
 _WRITER_COMMANDS: Final = (
-    "+hget +hmget +hset +hdel +expire +expireat +set +sadd +srem +srandmember "
+    "+get +hget +hmget +hgetall +hset +hdel +expire +expireat +set +sadd +srem +srandmember +scan "
+    "+unlink "
     "+xadd +xread +xrevrange +evalsha +script|load +command|info +vadd +vrem +ping "
     "+client|setinfo"
 )

@@ -95,19 +95,21 @@ class ProfileStore:
         rows: Iterable[int],
         category_names: Mapping[int, str],
         now_s: float,
+        *,
+        renew: bool = True,
     ) -> list[int]:
         """Save the given rows; the rows that Redis refused because another writer was there.
 
-        now_s: wall clock, for the expiry. Raises RedisUnavailable; then any part may be saved,
-        and loading again tells which.
+        now_s: wall clock, for the expiry, which a save without `renew` leaves as it is. Raises
+        RedisUnavailable; then any part may be saved, and loading again tells which.
         """
         rows = list(rows)
         self._writer = (self._writer + 1) % (1 << 64)
         every = rows == list(range(len(profiles)))
-        picked = profiles if every else _take(profiles, rows)
+        picked = profiles if every else arithmetic.take(profiles, rows)
         before = picked.fences
         picked.fences, expires_s = arithmetic.next_fences(
-            before, picked.watermarks, self._writer, now_s, self._ttl_s
+            before, picked.watermarks, self._writer, now_s, self._ttl_s, may_renew=renew
         )
         packed = arithmetic.pack(picked)
         glances = arithmetic.glances(picked, category_names)
@@ -150,15 +152,3 @@ class ProfileStore:
                         raise
                     self._client.script_load(script)
         raise AssertionError("unreachable")
-
-
-def _take(profiles: Profiles, rows: list[int]) -> Profiles:
-    return Profiles(
-        profiles.header[rows],
-        [profiles.window[r] for r in rows],
-        [profiles.seen[r] for r in rows],
-        [profiles.categories[r] for r in rows],
-        [profiles.pending[r] for r in rows],
-        [profiles.watermarks[r] for r in rows],
-        [profiles.fences[r] for r in rows],
-    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final, NamedTuple
@@ -17,10 +18,12 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from model.catalogue_vectors import CatalogueVectors
 from model.engine import Engine
 from model.text import item_text, text_version
+from profiles.arithmetic import Profiles
 from profiles.items import ItemStore, Origin
-from profiles.schema import ItemRecord, key64
+from profiles.schema import CATEGORY_ENTRY, ItemRecord, key64
 
 from . import metrics
 
@@ -35,6 +38,9 @@ _CATEGORIES_KEPT: Final = 100_000
 # Items stored and encoded at a time. A batch that fails resumes after its last full chunk, and
 # the other thread waits for the lock no longer than one takes.
 _CHUNK: Final = 256
+# How long after a swap this worker also indexes what others change: they may serve the release
+# before for a while yet.
+_COMPLETES_S: Final = 600.0
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,43 @@ class _Held(NamedTuple):
     version: str  # of the text that the vector in the table was made from
 
 
+class _Shipped:
+    """Vectors that came with the release and are not in Redis yet, as far as is known."""
+
+    def __init__(self, shipped: CatalogueVectors) -> None:
+        self._vectors = shipped.vectors
+        ids, versions = map(key64, shipped.item_ids), shipped.versions
+        self._row_of = {item: row for row, item in enumerate(zip(ids, versions, strict=True))}
+
+    def take(self, wanted: Mapping[int, str]) -> dict[int, Floats]:
+        """item key -> vector, of those shipped for this text version, which are not held any
+        longer: they go into Redis."""
+        found = {}
+        for item in wanted.items():
+            row = self._row_of.pop(item, None)
+            if row is not None:
+                found[item[0]] = self._vectors[row]
+        if not self._row_of:
+            self._vectors = self._vectors[:0]
+        return found
+
+    def discard(self, known: Mapping[int, str]) -> None:
+        """Redis has these."""
+        for item in known.items():
+            self._row_of.pop(item, None)
+
+
 class Catalogue:
     """Two threads of the updater ask it. The lock makes a change of the table one step: else an
     item read before another worker changed it could be put in after it was discarded."""
 
-    def __init__(self, engine: Engine, store: ItemStore) -> None:
+    def __init__(
+        self, engine: Engine, store: ItemStore, shipped: CatalogueVectors | None = None
+    ) -> None:
+        """`shipped`: vectors of the engine's release, taken before any text is encoded."""
         self._engine = engine
         self._store = store
+        self._shipped = _Shipped(shipped) if shipped is not None else None
         self._keys: dict[str, int] = {}
         # By item key. More than the table has rows, so that an item is seldom forgotten here
         # while its vector is there; one that is counts as not found, and is fetched again.
@@ -69,6 +105,43 @@ class Catalogue:
         self._category_names: dict[int, str] = {}
         self._changes = store.changes_end()
         self._lock = threading.RLock()
+        self._completes_until_s = 0.0
+
+    @property
+    def engine(self) -> Engine:
+        """What its vectors come from."""
+        return self._engine
+
+    @property
+    def space(self) -> int:
+        """Of its vectors, as profiles name it."""
+        return int(self._engine.space, 16)
+
+    def fill(self, given_up: Callable[[], bool] = lambda: False) -> int:
+        """Make every item that Redis knows findable in this engine's space, and warm the table:
+        from Redis, else from the vectors that were shipped, else by encoding; the number of
+        items. What is there already is not made again, so it may be repeated. Raises
+        RedisUnavailable."""
+        count = 0
+        for keys in self._store.item_pages():
+            for start in range(0, len(keys), _CHUNK):
+                if given_up():
+                    return count
+                count += self._complete(keys[start : start + _CHUNK])
+        # A worker of the space before may go on for a while, and index what changes there alone.
+        self._completes_until_s = time.monotonic() + _COMPLETES_S
+        self.refresh()
+        return count
+
+    def _complete(self, keys: list[int]) -> int:
+        """Index these items as their records stand; how many have a text."""
+        with self._lock:
+            records = self._store.records(keys)
+            gone = [record.item_id for record, _ in records.values() if record.deleted]
+            if gone:
+                self._store.drop_vectors(self._engine.space, gone)
+            there = {key: kept for key, kept in records.items() if not kept[0].deleted}
+            return len(self._learn(there))
 
     def keys_of(self, item_ids: Sequence[str]) -> list[int]:
         """Item ids -> item keys."""
@@ -132,6 +205,9 @@ class Catalogue:
             self._engine.table.discard(stale)
             for key in stale:
                 self._held.pop(key, None)
+        if stale and time.monotonic() < self._completes_until_s:
+            for start in range(0, len(stale), _CHUNK):
+                self._complete(stale[start : start + _CHUNK])
 
     def names_of(self, categories: Sequence[int]) -> dict[int, str]:
         """category key -> name, of those that profiles hold and any worker has met. Raises
@@ -191,15 +267,19 @@ class Catalogue:
 
     def _learn(self, records: Mapping[int, tuple[ItemRecord, str]]) -> dict[int, Floats]:
         """Put items into the table, with vectors from Redis or, where it has none of this text
-        and space, newly encoded; the vectors of those that have a text."""
+        and space, shipped or newly encoded; the vectors of those that have a text."""
         texts = {k: text for k, (r, _) in records.items() if (text := _text(r))}
         ids = {k: records[k][0].item_id for k in texts}
         known = self._store.vectors(self._engine.space, {ids[k]: records[k][1] for k in texts})
         vectors = {k: known[ids[k]] for k in texts if ids[k] in known}
         fresh = [k for k in texts if k not in vectors]
-        if fresh:
-            encoded = self._engine.encode([texts[k] for k in fresh], "passage")
-            vectors |= dict(zip(fresh, encoded, strict=True))
+        if self._shipped is not None:
+            self._shipped.discard({k: records[k][1] for k in vectors})
+            vectors |= self._shipped.take({k: records[k][1] for k in fresh})
+        unknown = [k for k in fresh if k not in vectors]
+        if unknown:
+            encoded = self._engine.encode([texts[k] for k in unknown], "passage")
+            vectors |= dict(zip(unknown, encoded, strict=True))
         # Who stores a vector puts it into the index, where a deleted item has no place.
         kept = [k for k in fresh if not records[k][0].deleted]
         if kept:
@@ -235,6 +315,15 @@ class Catalogue:
         kept = self._category_names if len(self._category_names) < _CATEGORIES_KEPT else {}
         if names:
             self._category_names = kept | dict(names)
+
+
+def categories_of(profiles: Profiles, rows: Sequence[int]) -> list[int]:
+    """The categories that some users' tallies hold, each once."""
+    entries = np.frombuffer(
+        b"".join([profiles.categories[row] for row in rows]), dtype=CATEGORY_ENTRY
+    )
+    found: list[int] = np.unique(entries["category"]).tolist()
+    return found
 
 
 def _category(record: ItemRecord) -> int:

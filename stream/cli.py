@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from .errors import UserError
+from .releases_cli import releases_app
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ schema_app = typer.Typer(help="Schemas of events and items.", no_args_is_help=Tr
 for name, group in (
     ("topics", topics_app),
     ("release", release_app),
+    ("releases", releases_app),
     ("profile", profile_app),
     ("dlq", dlq_app),
     ("archive", archive_app),

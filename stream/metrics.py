@@ -76,6 +76,20 @@ REDIS_RETRIES: Final = Counter(
     "penchant_redis_retries", "Micro-batches tried again because Redis failed", registry=REGISTRY
 )
 
+PROFILES_MIGRATED: Final = Counter(
+    "penchant_profiles_migrated",
+    "Profiles moved to another embedding space, on touch or by the sweeper",
+    ["by"], registry=REGISTRY,
+)  # fmt: skip
+RELEASES_SWAPPED: Final = Counter(
+    "penchant_releases_swapped", "Releases that this worker flipped to", registry=REGISTRY
+)
+RELEASES_REFUSED: Final = Counter(
+    "penchant_releases_refused",
+    "Releases that could not be used; the live one serves on. Any: see the log",
+    registry=REGISTRY,
+)
+
 # Gauges.
 LAG: Final = Gauge(
     "penchant_lag_records", "Records behind the end of the assigned partitions", registry=REGISTRY
@@ -101,6 +115,12 @@ STAGE_S: Final = Histogram(
 BATCH_RECORDS: Final = Histogram(
     "penchant_batch_records", "Records in a micro-batch",
     buckets=(1, 4, 16, 64, 256, 1024, 4096, 16384), registry=REGISTRY,
+)  # fmt: skip
+
+FLIP_S: Final = Histogram(
+    "penchant_release_flip_seconds",
+    "Time of a flip to another release, made ready beforehand",
+    buckets=_SECONDS, registry=REGISTRY,
 )  # fmt: skip
 
 Probe = Callable[[], tuple[bool, str]]

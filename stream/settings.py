@@ -104,6 +104,8 @@ class StreamSettings(_Group):
     reject_window: Annotated[int, Field(ge=1)] = 10_000
     """Records over which the share of rejects is taken (and the fewest before it counts)."""
     drain_s: Annotated[float, Field(gt=0)] = 5.0
+    sweep_per_s: Annotated[float, Field(ge=0)] = 1000.0
+    """Untouched profiles moved to a new release's space per second; 0: on touch only."""
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
     """Port of /metrics and /healthz; 0 turns them off."""
     data_dir: Path = Path(".penchant")
@@ -129,6 +131,8 @@ class ModelSettings(_Group):
     """CPU threads of the encoder; 0 is one fewer than the cores: the worker needs one itself."""
     item_rows: Annotated[int, Field(ge=1)] = 1_000_000
     """Item vectors held on the device at most."""
+    watch_s: Annotated[float, Field(ge=0)] = 1.0
+    """How often a worker looks for another live release; 0: only at its start."""
 
 
 class ProfileSettings(_Group):

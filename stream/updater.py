@@ -15,27 +15,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
-from model.engine import Engine
 from profiles import arithmetic
 from profiles.arithmetic import EventColumns, Folded, Layout, Profiles
 from profiles.items import ItemStore, Origin
-from profiles.schema import CATEGORY_ENTRY, ItemRecord
+from profiles.schema import ItemRecord
 from profiles.store import ProfileStore
 
 from . import events as ev
 from . import forwarding, metrics
-from .catalogue import Catalogue
+from .catalogue import Catalogue, categories_of
 from .contributions import Columns, add_columns
 from .dead_letter import DeadLetters, RejectWindow
 from .errors import UserError
 from .forwarding import Forwarder, origin_of
 from .intake import MicroBatch, Slice
+from .migration import Migrator
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -68,10 +68,7 @@ class Prepared:
     events: EventColumns  # m
     arrived_items: list[int]  # item keys whose text came in this batch
     oldest_ms: int
-
-
-# The rows to save, and what to do once it is known which of them were refused.
-_Change = tuple[Iterable[int], Callable[[Sequence[int]], None]]
+    catalogue: Catalogue  # whose vectors these are
 
 
 class Updater:
@@ -80,10 +77,11 @@ class Updater:
     def __init__(
         self,
         settings: Settings,
-        engine: Engine,
+        catalogue: Catalogue,
         profiles: ProfileStore,
         items: ItemStore,
         dead_letters: DeadLetters,
+        migrator: Migrator,
         *,
         layout: Layout,
         weights: Mapping[str, float],
@@ -92,7 +90,6 @@ class Updater:
     ) -> None:
         """`forwarder` is set where events are sent on to their user's partition."""
         self._settings = settings
-        self._engine = engine
         self._profiles = profiles
         self._items = items
         self._dead_letters = dead_letters
@@ -100,8 +97,8 @@ class Updater:
         self._weights = weights
         self._forwarder = forwarder
         self._clock = clock
-        self._space = int(engine.space, 16)
-        self._catalogue = Catalogue(engine, items)
+        self._migrator = migrator
+        self._catalogue = catalogue
         self._rejects = RejectWindow(
             settings.stream.reject_window, settings.stream.max_reject_share
         )
@@ -109,6 +106,21 @@ class Updater:
         self._forwarded_topic = settings.topic(forwarding.TOPIC)
         self._next_refresh_s = 0.0
         self._told_split = False
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The one that serves."""
+        return self._catalogue
+
+    @property
+    def layout(self) -> Layout:
+        """What its profiles keep."""
+        return self._layout
+
+    def swap(self, catalogue: Catalogue) -> None:
+        """Serve another release from the next micro-batch on; from any thread. A batch is of one
+        release from its first vector to its save."""
+        self._catalogue = catalogue
 
     # --- take apart
 
@@ -179,17 +191,21 @@ class Updater:
 
     def prepare(self, taken: TakenApart) -> Prepared:
         """Everything else that does not need profiles. Raises RedisUnavailable."""
+        catalogue = self._catalogue  # read once: a swap may come at any moment
         with metrics.STAGE_S.labels("prepare").time():
             if self._clock() >= self._next_refresh_s:
-                self._catalogue.refresh()
+                catalogue.refresh()
                 self._next_refresh_s = self._clock() + _REFRESH_EVERY_S
             arrived: list[int] = []
             for records, origin in taken.items:
-                arrived += self._catalogue.upsert(records, origin)
-            events, told = self._with_vectors(taken)
-            return Prepared(list(taken.columns.users), events, arrived + told, taken.oldest_ms)
+                arrived += catalogue.upsert(records, origin)
+            events, told = self._with_vectors(taken, catalogue)
+            users = list(taken.columns.users)
+            return Prepared(users, events, arrived + told, taken.oldest_ms, catalogue)
 
-    def _with_vectors(self, batch: TakenApart) -> tuple[EventColumns, list[int]]:
+    def _with_vectors(
+        self, batch: TakenApart, catalogue: Catalogue
+    ) -> tuple[EventColumns, list[int]]:
         """The events with their vectors, and the items they tell of that users wait for."""
         taken, told = batch.columns, list[int]()
         m, dimensions = len(taken.row), self._layout.dimensions
@@ -197,22 +213,22 @@ class Updater:
         vector = np.zeros((m, dimensions), dtype=np.float32)
         resolved = np.ones(m, dtype=bool)  # an event without item and text has nothing to wait for
         category = np.zeros(m, dtype=np.uint64)
-        keys = self._catalogue.keys_of(taken.item_id)
+        keys = catalogue.keys_of(taken.item_id)
         at = np.flatnonzero(
             [bool(i) and w != 0 for i, w in zip(taken.item_id, taken.weight, strict=True)]
         )
         if len(at) or taken.inline:  # an event without weight may still tell of its item
             inline = dict(
-                zip(self._catalogue.keys_of(list(taken.inline)), taken.inline.values(), strict=True)
+                zip(catalogue.keys_of(list(taken.inline)), taken.inline.values(), strict=True)
             )
-            got = self._catalogue.resolve([keys[i] for i in at.tolist()], inline)
+            got = catalogue.resolve([keys[i] for i in at.tolist()], inline)
             vector[at], resolved[at], category[at] = got.vectors, got.found, got.categories
             told = got.told
             metrics.EVENTS_PENDING.inc(int((~got.found).sum()))
         at = np.flatnonzero([bool(text) for text in taken.text])
         text = np.zeros(m, dtype=bool)
         if len(at):
-            vector[at] = self._engine.encode([taken.text[i] for i in at.tolist()], "query")
+            vector[at] = catalogue.engine.encode([taken.text[i] for i in at.tolist()], "query")
             text[at] = True
         events = EventColumns(
             row=np.asarray(taken.row, dtype=np.int64),
@@ -239,44 +255,83 @@ class Updater:
     def apply(self, prepared: Prepared) -> None:
         """Fold and save. Raises RedisUnavailable and what the profiles' state may raise."""
         with metrics.STAGE_S.labels("apply").time():
-            users, events = prepared.users, prepared.events
-            self._rounds(users, lambda profiles, rows: self._fold(profiles, events, rows))
+            events, catalogue = prepared.events, prepared.catalogue
+            self._rounds(prepared.users, catalogue, events)
             for item in prepared.arrived_items:
-                self._items.resolve_waiting(item, self._resolve)
+                self._items.resolve_waiting(item, lambda users: self._resolve(users, catalogue))
         if prepared.oldest_ms:
             metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
 
     def _rounds(
-        self, users: Sequence[str], change: Callable[[Profiles, Sequence[int]], _Change]
+        self, users: Sequence[str], catalogue: Catalogue, events: EventColumns | None
     ) -> None:
-        """Load, change, save; those whose save was refused, again. `change` gets the profiles
-        of some users and their positions among all."""
+        """Load, migrate, fold, save; those whose save was refused, again. `events` are of all
+        `users`; without them, only what has been waiting is folded."""
         left = list(range(len(users)))
         for _ in range(_SAVE_ROUNDS):
             if not left:
                 return
+            refused: list[int] = []
             ids = [users[i] for i in left]
-            profiles = self._profiles.load(ids)
-            touched, report = change(profiles, left)
-            rows = sorted(set(touched) | self._resolve_pending(profiles))
-            names = self._catalogue.names_of(_categories(profiles, rows))
-            refused = self._profiles.save(ids, profiles, rows, names, self._clock())
-            metrics.SAVES.inc(len(rows) - len(refused))
-            metrics.SAVES_REFUSED.inc(len(refused))
-            report(refused)
-            self._wait_for_items(ids, profiles)
-            left = [left[row] for row in refused]
+            for profiles, rows, space, moved in self._migrator.bring(
+                self._profiles.load(ids), catalogue
+            ):
+                part = [left[row] for row in rows]
+                got = self._round(
+                    [users[i] for i in part], profiles, catalogue, events, part, space, moved
+                )
+                refused += [part[row] for row in got]
+            left = refused
         raise UserError(
             f"another writer kept overtaking this one on {len(left)} users, such as "
             f"{users[left[0]]!r}: does a second updater write this NAMESPACE from other topics?"
         )
 
-    def _fold(self, profiles: Profiles, events: EventColumns, rows: Sequence[int]) -> _Change:
+    def _round(
+        self,
+        ids: Sequence[str],
+        profiles: Profiles,
+        catalogue: Catalogue,
+        events: EventColumns | None,
+        positions: Sequence[int],
+        space: int,
+        moved: set[int],
+    ) -> list[int]:
+        """Fold into profiles that all live in `space` or in none yet; the rows refused."""
+        touched = set(moved)
+        folded = None
+        if events is not None:
+            folded, of_these = self._fold(profiles, events, positions, catalogue, space)
+            touched |= set(folded.touched)
+        rows = sorted(touched | self._resolve_pending(profiles, catalogue, space))
+        names = catalogue.names_of(categories_of(profiles, rows))
+        refused = self._profiles.save(ids, profiles, rows, names, self._clock())
+        metrics.SAVES.inc(len(rows) - len(refused))
+        metrics.SAVES_REFUSED.inc(len(refused))
+        metrics.PROFILES_MIGRATED.labels("touch").inc(len(moved - set(refused)))
+        if folded is not None:
+            self._report(of_these, folded, refused)
+        self._wait_for_items(ids, profiles, catalogue)
+        return refused
+
+    def _fold(
+        self,
+        profiles: Profiles,
+        events: EventColumns,
+        rows: Sequence[int],
+        catalogue: Catalogue,
+        space: int,
+    ) -> tuple[Folded, EventColumns]:
+        """What was folded, of which of the events."""
         if len(rows) != int(events.row.max(initial=-1)) + 1:
             events = _of_users(events, rows)
-        folded = arithmetic.fold(profiles, events, self._layout, self._space)
+        if space != catalogue.space:
+            items = np.where(events.text, np.uint64(0), events.item)
+            vector = self._migrator.express(items, events.vector, catalogue.space, space)
+            events = replace(events, vector=vector)
+        folded = arithmetic.fold(profiles, events, self._layout, space)
         self._warn_of_split(profiles, folded)
-        return folded.touched, lambda refused: self._report(events, folded, refused)
+        return folded, events
 
     def _report(self, events: EventColumns, folded: Folded, refused: Sequence[int]) -> None:
         """What was not saved is folded again, and counts then."""
@@ -299,23 +354,29 @@ class Updater:
                     split,
                 )
 
-    def _resolve(self, users: list[str]) -> None:
+    def _resolve(self, users: list[str], catalogue: Catalogue) -> None:
         """Fold what these users' pending events can now contribute."""
-        self._rounds(users, lambda profiles, rows: ((), lambda refused: None))
+        self._rounds(users, catalogue, None)
 
-    def _resolve_pending(self, profiles: Profiles) -> set[int]:
+    def _resolve_pending(self, profiles: Profiles, catalogue: Catalogue, space: int) -> set[int]:
         waiting = arithmetic.pending_items(profiles)
         if not waiting:
             return set()
         keys = sorted({item for items in waiting.values() for item in items})
-        got = self._catalogue.resolve(keys, {})
-        vectors = {k: v for k, v, ok in zip(keys, got.vectors, got.found, strict=True) if ok}
+        got = catalogue.resolve(keys, {})
+        known = got.vectors
+        if space != catalogue.space:
+            items = np.asarray(keys, dtype=np.uint64)
+            known = self._migrator.express(items, known, catalogue.space, space)
+        vectors = {k: v for k, v, ok in zip(keys, known, got.found, strict=True) if ok}
         categories = dict(zip(keys, got.categories.tolist(), strict=True))
-        arithmetic.resolve_pending(profiles, vectors, categories, self._layout, self._space)
+        arithmetic.resolve_pending(profiles, vectors, categories, self._layout, space)
         still = arithmetic.pending_items(profiles)
         return {row for row, items in waiting.items() if still.get(row) != items}
 
-    def _wait_for_items(self, users: Sequence[str], profiles: Profiles) -> None:
+    def _wait_for_items(
+        self, users: Sequence[str], profiles: Profiles, catalogue: Catalogue
+    ) -> None:
         """Register the users that hold pending events, then look once more: an item that came
         between our look-up and the registration would find nobody waiting."""
         waiting = arithmetic.pending_items(profiles)
@@ -323,8 +384,8 @@ class Updater:
             return
         self._items.wait_for({users[row]: items for row, items in waiting.items()})
         keys = sorted({item for items in waiting.values() for item in items})
-        if self._catalogue.resolve(keys, {}).found.any():
-            self._resolve([users[row] for row in waiting])
+        if catalogue.resolve(keys, {}).found.any():
+            self._resolve([users[row] for row in waiting], catalogue)
 
 
 def _gained_partition(profiles: Profiles, row: int) -> bool:
@@ -336,14 +397,6 @@ def _gained_partition(profiles: Profiles, row: int) -> bool:
         return False
     fence = profiles.fences[row]
     return sources > (len(arithmetic.read_fence(fence)[3]) if fence else 0)
-
-
-def _categories(profiles: Profiles, rows: Sequence[int]) -> list[int]:
-    entries = np.frombuffer(
-        b"".join([profiles.categories[row] for row in rows]), dtype=CATEGORY_ENTRY
-    )
-    found: list[int] = np.unique(entries["category"]).tolist()
-    return found
 
 
 def _of_users(events: EventColumns, rows: Sequence[int]) -> EventColumns:

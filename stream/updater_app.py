@@ -31,12 +31,15 @@ from profiles.schema import Keys
 from profiles.store import ProfileStore
 
 from . import forwarding, metrics
+from .catalogue import Catalogue
 from .contributions import event_weights
 from .dead_letter import DeadLetters
 from .errors import UserError
 from .forwarding import Forwarder
 from .intake import Intake, MicroBatch
+from .migration import Migrator
 from .settings import Settings
+from .swapping import Swapper, open_space
 from .topics import connect, keeps_arrival_times
 from .updater import Prepared, Updater
 
@@ -87,7 +90,8 @@ def build_updater(settings: Settings, engine: Engine, partitions: int) -> Update
     except ValueError as error:
         raise UserError(f"the profile settings (PROFILE_…) cannot be used: {error}") from error
     items = ItemStore(client, keys, settings.redis.url)
-    items.set_space(engine.space)
+    catalogue = Catalogue(engine, items, engine.release.load_item_vectors())
+    open_space(items, catalogue)
     store = ProfileStore(
         client,
         keys,
@@ -99,14 +103,32 @@ def build_updater(settings: Settings, engine: Engine, partitions: int) -> Update
     )
     return Updater(
         settings,
-        engine,
+        catalogue,
         store,
         items,
         DeadLetters(settings),
+        Migrator(settings.model.releases, items, layout),
         layout=layout,
         weights=weights,
         forwarder=Forwarder(settings, partitions) if settings.stream.repartition else None,
     )
+
+
+def build_swapper(settings: Settings, updater: Updater) -> Swapper:
+    """What puts new releases into this updater, on stores of its own."""
+    client = settings.redis.connection().open()
+    keys = Keys(settings.namespace)
+    items = ItemStore(client, keys, settings.redis.url)
+    layout = updater.layout
+    store = ProfileStore(
+        client,
+        keys,
+        layout,
+        ttl_s=settings.profile.ttl_days * 86_400,
+        writer=secrets.randbits(64),
+        where=settings.redis.url,
+    )
+    return Swapper(settings, updater, client, keys, store, items)
 
 
 class Pipeline:
@@ -232,6 +254,7 @@ class Worker:
         )
         patience = Patience(settings.redis.patience_s)
         updater = patience(lambda: build_updater(settings, engine, partitions))
+        self._swapper = build_swapper(settings, updater)
         self._pipeline = Pipeline(updater, patience, self._failed)
         self.error: BaseException | None = None
         settings.stream.data_dir.mkdir(parents=True, exist_ok=True)
@@ -263,6 +286,7 @@ class Worker:
         """Run until a signal; raises what made it stop otherwise."""
         gc.set_threshold(*_GC_THRESHOLDS)
         server = self._serve_metrics()
+        self._swapper.start()
         worker = FaustWorker(
             self.app, loglevel="INFO", logging_config=None, override_logging=False,
             redirect_stdouts=False, quiet=True,
@@ -274,6 +298,7 @@ class Worker:
             if stop.code and self.error is None:
                 raise
         finally:
+            self._swapper.stop()
             if server is not None:
                 server.stop()
         at_rest = self._pipeline.close(_REST_S)

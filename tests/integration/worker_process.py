@@ -15,21 +15,31 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import BertConfig, BertModel
 
 from model.engine import Engine
-from model.releases import Release, build_base, load_current, make_current
+from model.projection import Projection
+from model.releases import Release, build_base, load_current, make_current, publish
+from model.transition import Error, Transition
 from stream.intake import Intake, MicroBatch
 from stream.processes import free_port
 from stream.settings import Settings
-from stream.updater_app import Patience, Pipeline, build_updater, find_topics
+from stream.updater_app import (
+    Patience,
+    Pipeline,
+    build_swapper,
+    build_updater,
+    find_topics,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 90.0  # a worker starts in 6 s on two idle cores, and cores are seldom idle
@@ -82,6 +92,24 @@ def build_tiny_release(folder: Path) -> Release:
     return release
 
 
+def build_turned_release(parent: Release, seed: int) -> Release:
+    """A release whose space is its parent's, turned: its transition is exact, so a profile that
+    went through it can be compared with one that was folded in the new space."""
+    turn, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((DIMENSIONS,) * 2))
+    turn = turn.astype(np.float32)
+    old = Projection.load(parent.path / "projection.safetensors")
+    exact = Error(items=1, held_out=True, cosine=1.0, cosine_p05=1.0, overlap=1.0)
+    return publish(
+        parent,
+        replace(old, matrix=np.ascontiguousarray(old.matrix @ turn)),
+        transition=Transition(
+            "", "", "orthogonal", turn, np.ascontiguousarray(turn.T), {"orthogonal": exact}
+        ),
+        metrics={"turn": seed},
+        now=datetime.now(UTC),
+    )
+
+
 def environment(settings: Settings) -> dict[str, str]:
     """These settings as a process reads them: those that are not the defaults."""
     changed: dict[str, str] = {}
@@ -100,11 +128,13 @@ class LocalWorker:
     are, with an engine of its own. It starts at once, and its failure can be looked at."""
 
     def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         topics, partitions = find_topics(settings)
         engine = Engine(load_current(settings.model.releases), device="cpu", threads=1)
         self.error: BaseException | None = None
         patience = Patience(settings.redis.patience_s)
         self.updater = patience(lambda: build_updater(settings, engine, partitions))
+        self.swapper = build_swapper(settings, self.updater)
         self.pipeline = Pipeline(self.updater, patience, self._fail)
         self._batches: asyncio.Queue[MicroBatch] = asyncio.Queue()
         self.intake = Intake(settings, topics, self._batches.put, self._fail)
@@ -119,6 +149,7 @@ class LocalWorker:
 
     def stop(self) -> None:
         """As a signal would."""
+        self.swapper.stop()
         if self._loop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(60)
@@ -126,6 +157,7 @@ class LocalWorker:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self.swapper.start()
         eventually("it holds partitions", lambda: self.intake.assigned() or self.error)
         return self
 

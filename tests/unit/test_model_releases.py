@@ -276,8 +276,8 @@ def test_a_file_left_out_of_the_manifest_is_not_trusted(release: Release) -> Non
 
 
 def test_a_later_format_asks_for_an_upgrade(release: Release) -> None:
-    edit_manifest(release, format=2, something_new=True)
-    with pytest.raises(ReleaseTooNew, match="format 2, this process reads up to 1; upgrade"):
+    edit_manifest(release, format=3, something_new=True)
+    with pytest.raises(ReleaseTooNew, match="format 3, this process reads up to 2; upgrade"):
         load(release.path)
 
 

@@ -1,0 +1,116 @@
+"""`penchant releases …`: what is there, what is live, and moving between them.
+
+A running worker follows CURRENT by itself; nothing here talks to it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import UserError
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from model.releases import Release
+
+# `model.releases` takes torch's two seconds, so it is imported where it is used.
+
+releases_app = typer.Typer(
+    help="Releases: list them, compare them, make one live.", no_args_is_help=True
+)
+console = Console()
+
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+Name = Annotated[str, typer.Argument(help="The release's id, or its first letters.")]
+
+
+@releases_app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """All releases, which one is live, and what the gate said of each."""
+    from .releases_view import listing, listing_table
+
+    folder = _folder()
+    shown = listing(folder)
+    if as_json:
+        _print_json(shown)
+    elif not shown["releases"] and not shown["decisions"]:
+        console.print(f"no releases in {folder}: type `penchant release build`", highlight=False)
+    else:
+        console.print(listing_table(shown))
+
+
+@releases_app.command()
+def show(name: Name, as_json: AsJson = False) -> None:
+    """One release: files checked, figures, transition, verdicts of the gate, when it was live."""
+    from .releases_view import described, pairs_table
+
+    release = _release(name)
+    shown = described(release, _folder())
+    if as_json:
+        _print_json(shown)
+    else:
+        console.print(pairs_table(shown), highlight=False)
+
+
+@releases_app.command()
+def diff(name: Name, other: Name, as_json: AsJson = False) -> None:
+    """Where two releases differ, figure by figure."""
+    from .releases_view import compared, compared_table
+
+    one, two = _release(name), _release(other)
+    rows = compared(one, two)
+    if as_json:
+        _print_json({"one": one.id, "other": two.id, "differences": rows})
+    else:
+        console.print(compared_table(rows, one.id, two.id), highlight=False)
+
+
+@releases_app.command()
+def promote(name: Name, as_json: AsJson = False) -> None:
+    """Make a release the live one, once its files are checked. Workers follow by themselves."""
+    from model.releases import make_current
+
+    release = _release(name)
+    make_current(release)
+    _say_live(release, as_json)
+
+
+@releases_app.command()
+def rollback(as_json: AsJson = False) -> None:
+    """Make the release live that was before this one; again: the one before that."""
+    from model.releases import rollback as roll_back
+
+    _say_live(roll_back(_folder()), as_json)
+
+
+def _say_live(release: Release, as_json: bool) -> None:
+    if as_json:
+        _print_json({"live": release.id, "space": release.space})
+    else:
+        console.print(f"{release.id} is live now, space {release.space}", highlight=False)
+
+
+def _release(name: str) -> Release:
+    """The verified release that a name, or the beginning of one, means."""
+    from model.releases import list_releases, load
+
+    folder = _folder()
+    ids = [listed.id for listed in list_releases(folder)]
+    found = [i for i in ids if i == name] or [i for i in ids if name and i.startswith(name)]
+    if len(found) != 1:
+        what = f"{len(found)} releases begin with" if found else "there is no release"
+        raise UserError(f"{what} {name!r} in {folder}: `penchant releases list` has their names")
+    return load(folder / found[0])
+
+
+def _folder() -> Path:
+    return Settings().model.releases
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))

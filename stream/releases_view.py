@@ -1,0 +1,147 @@
+"""What `penchant releases …` shows: releases, moves of CURRENT and verdicts of the gate, as JSON
+values and as tables. It reads the releases folder and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from model.releases import Listed, Release, decisions, history, list_releases
+
+
+def listing(releases_dir: Path) -> dict[str, Any]:
+    """Releases, oldest first; moves and decisions likewise."""
+    verdicts = decisions(releases_dir)
+    return {
+        "releases": [_listed(x, _verdict(verdicts, x.id)) for x in list_releases(releases_dir)],
+        "moves": [asdict(move) for move in history(releases_dir)],
+        "decisions": verdicts,
+    }
+
+
+def _verdict(verdicts: list[dict[str, Any]], release_id: str) -> dict[str, Any] | None:
+    """The latest on a release."""
+    return next((v for v in reversed(verdicts) if v.get("candidate") == release_id), None)
+
+
+def _listed(listed: Listed, verdict: Mapping[str, Any] | None) -> dict[str, Any]:
+    shown: dict[str, Any] = {"id": listed.id, "current": listed.current}
+    if listed.release is None:
+        return shown | {"problem": listed.problem}
+    release = listed.release
+    return shown | {
+        "created_at": release.created_at,
+        "space": release.space,
+        "parent": release.parent,
+        "decision": verdict.get("decision", "") if verdict else "",
+    }
+
+
+def listing_table(shown: Mapping[str, Any]) -> Table:
+    """One row per release; rejected candidates without a folder below them."""
+    table = Table("", "release", "made", "space", "from", "gate")
+    known = set()
+    for row in shown["releases"]:
+        known.add(row["id"])
+        mark = "live" if row["current"] else ""
+        if "problem" in row:
+            table.add_row(mark, row["id"], "", "", "", f"[red]{_first(row['problem'])}[/red]")
+        else:
+            made = row["created_at"][:19]
+            table.add_row(mark, row["id"], made, row["space"], row["parent"], row["decision"])
+    for verdict in shown["decisions"]:
+        if verdict.get("candidate") not in known:
+            why = "; ".join(verdict.get("reasons", []))
+            table.add_row(
+                "", str(verdict.get("candidate")), str(verdict.get("at", ""))[:19], "",
+                str(verdict.get("parent", "")), f"{verdict.get('decision')}: {why}",
+            )  # fmt: skip
+    return table
+
+
+def _first(text: str) -> str:
+    return text.partition(";")[0]
+
+
+def described(release: Release, releases_dir: Path) -> dict[str, Any]:
+    """One release: its manifest, parts, figures, transition and verdicts."""
+    about = {k: v for k, v in asdict(release).items() if k != "path"}
+    transition = release.load_transition()
+    return about | {
+        "path": str(release.path),
+        "parts": list(release.parts),
+        "metrics": release.metrics(),
+        "transition": None
+        if transition is None
+        else {
+            "from_space": transition.from_space,
+            "kind": transition.kind,
+            "errors": {kind: asdict(error) for kind, error in transition.errors.items()},
+        },
+        "decisions": [d for d in decisions(releases_dir) if d.get("candidate") == release.id],
+        "moves": [asdict(m) for m in history(releases_dir) if release.id in (m.before, m.release)],
+    }
+
+
+def compared(one: Release, other: Release) -> list[dict[str, Any]]:
+    """Where two releases differ: {name, one, other}, and the difference of two numbers."""
+    sides = []
+    for release in (one, other):
+        about = {k: v for k, v in asdict(release).items() if k not in ("path", "id", "parts")}
+        about["parts"] = ", ".join(release.parts)
+        sides.append(flat(about) | flat(release.metrics(), "metrics"))
+    rows = []
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        a, b = sides[0].get(name), sides[1].get(name)
+        if a == b:
+            continue
+        row: dict[str, Any] = {"name": name, "one": a, "other": b}
+        if _is_number(a) and _is_number(b):
+            row["difference"] = b - a  # type: ignore[operator]
+        rows.append(row)
+    return rows
+
+
+def flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one: {"metrics.recall": 0.1}."""
+    if isinstance(values, Mapping):
+        pairs = [(str(k), v) for k, v in values.items()]
+    elif isinstance(values, list):
+        pairs = [(str(i), v) for i, v in enumerate(values)]
+    else:
+        return {name: values}
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        found |= flat(value, f"{name}.{key}" if name else key)
+    return found
+
+
+def pairs_table(values: Mapping[str, Any]) -> Table:
+    """Names and values."""
+    table = Table(show_header=False, box=None)
+    for name, value in flat(values).items():
+        table.add_row(name, _short(value))
+    return table
+
+
+def compared_table(rows: list[dict[str, Any]], one: str, other: str) -> Table:
+    """What `compared` found."""
+    table = Table("", one, other, "difference")
+    for row in rows:
+        change = f"{row['difference']:+.4g}" if "difference" in row else ""
+        table.add_row(row["name"], _short(row["one"]), _short(row["other"]), change)
+    return table
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,125 @@
+"""A worker's way from one release to the next: made ready, flipped to, swept after.
+
+Before the flip every item has its vector in the new space (blue and green stand side by
+side in Redis), so a reader of the first profile that moves finds all items beside it. The
+old space's items stay, for profiles that have not moved and for a way back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from model.engine import Engine
+from model.errors import EncoderSettingsInvalid, ModelError
+from model.hot_swap import HotSwap
+from model.releases import Release, current_name, peek
+from profiles.items import ItemStore
+from profiles.schema import Keys
+from profiles.store import ProfileStore
+
+from . import metrics
+from .catalogue import Catalogue
+from .migration import Migrator
+from .settings import Settings
+from .sweeper import Sweeper
+from .updater import Updater
+
+if TYPE_CHECKING:
+    import redis
+
+log = logging.getLogger(__name__)
+
+
+def open_space(items: ItemStore, catalogue: Catalogue) -> None:
+    """Name the catalogue's space as current, once all items are in it. Raises RedisUnavailable."""
+    if items.current_space() != catalogue.engine.space:
+        catalogue.fill()
+        items.set_space(catalogue.engine.space)
+
+
+class Swapper:
+    """One worker's."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        updater: Updater,
+        client: redis.Redis,
+        keys: Keys,
+        store: ProfileStore,
+        items: ItemStore,
+    ) -> None:
+        """`store` is for the sweeper alone."""
+        self._settings = settings
+        self._updater = updater
+        self._items = items
+        self._sweeper = Sweeper(
+            client,
+            keys,
+            store,
+            items,
+            Migrator(settings.model.releases, items, updater.layout),
+            lambda: updater.catalogue,
+            self._wanted_space,
+            per_s=settings.stream.sweep_per_s,
+        )
+        self.hot_swap = HotSwap(
+            settings.model.releases,
+            updater.catalogue.engine.release.id,
+            self._build,
+            self._flip,
+            poll_s=settings.model.watch_s,
+            refused=lambda words: metrics.RELEASES_REFUSED.inc(),
+        )
+
+    def start(self) -> None:
+        """Watch and sweep, as far as the settings ask for it."""
+        if self._settings.model.watch_s:
+            self.hot_swap.start()
+        if self._settings.stream.sweep_per_s:
+            self._sweeper.start()
+
+    def stop(self) -> None:
+        """Both, soon."""
+        self.hot_swap.stop()
+        self._sweeper.stop()
+
+    def _build(self, release: Release) -> Catalogue:
+        model, live = self._settings.model, self._updater.catalogue.engine
+        if release.dimensions != live.dimensions:
+            raise EncoderSettingsInvalid(
+                f"{release.id} has {release.dimensions} dimensions, the profiles of this NAMESPACE "
+                f"have {live.dimensions}: train with MODEL_DIMENSIONS={live.dimensions}, or use "
+                "another NAMESPACE"
+            )
+        engine = Engine(
+            release,
+            device=model.device,
+            dtype=model.dtype,
+            batch_tokens=model.batch_tokens,
+            item_rows=model.item_rows,
+        )
+        catalogue = Catalogue(engine, self._items, release.load_item_vectors())
+        count = catalogue.fill(lambda: self.hot_swap.ended)
+        log.info("%d items are in space %s", count, release.space)
+        return catalogue
+
+    def _flip(self, release: Release, catalogue: Catalogue) -> None:
+        before = self._updater.catalogue.engine.space
+        # Named first: a profile must not be seen in a space that is not current yet.
+        self._items.set_space(release.space)
+        began_s = time.perf_counter()
+        self._updater.swap(catalogue)
+        metrics.FLIP_S.observe(time.perf_counter() - began_s)
+        metrics.RELEASES_SWAPPED.inc()
+        if before != release.space:
+            self._sweeper.wake(before)
+
+    def _wanted_space(self) -> str:
+        folder = self._settings.model.releases
+        try:
+            return peek(folder / current_name(folder)).space
+        except ModelError:
+            return ""

@@ -1,0 +1,217 @@
+"""Moves the profiles that nobody touches to the space of the live release.
+
+A profile moves when its shopper does something. The others are moved here, some at a time,
+at a limited rate, by one worker at a time. Where it stands is kept in Redis, so that another
+worker goes on where one died. Saves are fenced like all others: whoever acted in between
+was moved by that. A sweep is no visit: it does not put off the expiry of a profile.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import numpy as np
+
+from profiles.connection import redis_errors
+from profiles.errors import ProfilesError
+from profiles.items import ItemStore
+from profiles.schema import SWEEP_TTL_S, SWEEP_TURN_S, Keys
+from profiles.store import ProfileStore
+
+from . import metrics
+from .catalogue import Catalogue, categories_of
+from .migration import Migrator
+
+if TYPE_CHECKING:
+    import redis
+
+log = logging.getLogger(__name__)
+
+_PAGE: Final = 256  # profiles in memory at a time, and saved by one script
+_RETRY_S: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the sweep into one space has come."""
+
+    seen: int
+    moved: int
+    done: bool
+
+
+def progress(client: redis.Redis, keys: Keys, space: str) -> Progress | None:
+    """None where no sweep into this space has begun."""
+    with redis_errors("REDIS_URL"):
+        stored = cast(
+            list[bytes | None], client.hmget(keys.sweep(space), ["seen", "moved", "done"])
+        )
+    if stored[0] is None:
+        return None
+    return Progress(int(stored[0]), int(stored[1] or 0), stored[2] == b"1")
+
+
+class Sweeper:
+    """One worker's, on a thread of its own."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        keys: Keys,
+        store: ProfileStore,
+        items: ItemStore,
+        migrator: Migrator,
+        catalogue: Callable[[], Catalogue],
+        wanted_space: Callable[[], str],
+        *,
+        per_s: float,
+    ) -> None:
+        """`store` is not shared: a writer of its own, that remembers nothing. `catalogue` gives
+        the one that serves, `wanted_space` the space that CURRENT leads to."""
+        self._client = client
+        self._keys = keys
+        self._store = store
+        self._items = items
+        self._migrator = migrator
+        self._catalogue = catalogue
+        self._wanted_space = wanted_space
+        self._per_s = per_s
+        self._token = secrets.token_hex(8).encode()
+        self._ended = threading.Event()
+        self._wanted = threading.Event()
+        self._left: list[str] = []  # spaces that were live before, the latest last
+        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
+
+    def start(self) -> None:
+        """Begin, with what an earlier process may have left half done."""
+        self._wanted.set()
+        self._thread.start()
+
+    def wake(self, left: str) -> None:
+        """Another space is live; `left` is the one before it."""
+        self._left.append(left)
+        self._wanted.set()
+
+    def stop(self, wait_s: float = 1.0) -> None:
+        """Stop after the page in hand."""
+        self._ended.set()
+        self._wanted.set()
+        if self._thread.is_alive():
+            self._thread.join(wait_s)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            self._wanted.wait()
+            self._wanted.clear()
+            try:
+                while not self._ended.is_set() and not self.sweep():
+                    self._ended.wait(_RETRY_S)
+            except ProfilesError as error:
+                log.warning("the sweep pauses: %s", error)
+                self._ended.wait(_RETRY_S)
+                self._wanted.set()
+
+    def sweep(self) -> bool:
+        """Go through all profiles; whether none is left to move. False also while it is another
+        worker's turn, and when the live space changed meanwhile. Raises RedisUnavailable."""
+        catalogue = self._catalogue()
+        space = catalogue.engine.space
+        stored = self._state(space)
+        if stored.get(b"done") == b"1":
+            return True
+        if self._items.current_space() != space or not self._my_turn():
+            return False
+        cursor, seen, moved = (int(stored.get(name, 0)) for name in (b"cursor", b"seen", b"moved"))
+        pass_moved, from_start = 0, cursor == 0
+        while not self._ended.is_set():
+            if self._catalogue() is not catalogue or not self._my_turn():
+                return False
+            cursor, users = self._page(cursor)
+            began_s = time.monotonic()
+            for start in range(0, len(users), _PAGE):
+                pass_moved += self._move(users[start : start + _PAGE], catalogue)
+            seen += len(users)
+            self._note(space, cursor, seen, moved + pass_moved, done=False)
+            if pass_moved:
+                pause_s = len(users) / self._per_s - (time.monotonic() - began_s)
+                self._ended.wait(max(0.0, pause_s))
+            if cursor == 0:
+                break
+        if self._ended.is_set():
+            return False
+        moved += pass_moved
+        whole = from_start and not pass_moved
+        # A pass that moved some, or did not begin at the beginning, may have missed others.
+        self._note(space, 0, seen, moved, done=whole)
+        if whole:
+            self._finish(space)
+        return whole
+
+    def _finish(self, space: str) -> None:
+        """What is live and what was before stay; rolling back must be quick."""
+        kept = {space, *self._left[-1:], self._wanted_space()}
+        for old in set(self._left) - kept:
+            self._items.drop_space(old)
+        self._left = [old for old in self._left if old in kept]
+        self._migrator.forget_vectors()
+        log.info("all profiles are in space %s", space)
+
+    def _move(self, users: list[str], catalogue: Catalogue) -> int:
+        """How many were moved. Who was saved by others meanwhile is theirs, or the next pass'."""
+        profiles = self._store.load(users)
+        stored = profiles.header["space"]
+        foreign = np.flatnonzero((stored != catalogue.space) & (stored != 0)).tolist()
+        if not foreign:
+            return 0
+        users = [users[row] for row in foreign]
+        profiles = self._store.load(users)
+        count = 0
+        for part, rows, _, moved in self._migrator.bring(profiles, catalogue):
+            if not moved:
+                continue
+            ids = [users[row] for row in rows]
+            names = catalogue.names_of(categories_of(part, sorted(moved)))
+            refused = self._store.save(ids, part, sorted(moved), names, 0.0, renew=False)
+            count += len(moved) - len(refused)
+        metrics.PROFILES_MIGRATED.labels("sweep").inc(count)
+        return count
+
+    def _page(self, cursor: int) -> tuple[int, list[str]]:
+        prefix, suffix = (part.encode() for part in self._keys.profile("\0").split("\0"))
+        with redis_errors("REDIS_URL"):
+            cursor, found = cast(
+                tuple[int, list[bytes]],
+                self._client.scan(cursor, match=prefix + b"*", count=_PAGE),
+            )
+        return cursor, [key.removeprefix(prefix).removesuffix(suffix).decode() for key in found]
+
+    def _state(self, space: str) -> dict[bytes, bytes]:
+        with redis_errors("REDIS_URL"):
+            return cast(dict[bytes, bytes], self._client.hgetall(self._keys.sweep(space)))
+
+    def _note(self, space: str, cursor: int, seen: int, moved: int, *, done: bool) -> None:
+        key = self._keys.sweep(space)
+        fields: dict[Any, Any] = {
+            "cursor": cursor, "seen": seen, "moved": moved, "done": int(done),
+        }  # fmt: skip
+        with redis_errors("REDIS_URL"):
+            self._client.hset(key, mapping=fields)
+            self._client.expire(key, SWEEP_TTL_S)
+
+    def _my_turn(self) -> bool:
+        """Take the turn, or keep it. Two at once, after a pause of more than SWEEP_TURN_S, do
+        each other's work again and no harm."""
+        turn = self._keys.sweep_turn()
+        with redis_errors("REDIS_URL"):
+            if self._client.set(turn, self._token, nx=True, ex=SWEEP_TURN_S):
+                return True
+            if self._client.get(turn) != self._token:
+                return False
+            self._client.expire(turn, SWEEP_TURN_S)
+            return True

@@ -1,0 +1,120 @@
+"""`penchant releases …` on a folder of real, tiny releases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from model.errors import ReleaseCorrupt, ReleaseMissing
+from model.releases import Release, load_current, make_current, record_decision
+from stream import releases_cli
+from stream.errors import UserError
+from stream.releases_cli import releases_app
+from tests.integration.worker_process import build_tiny_release, build_turned_release
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Release:
+    return build_tiny_release(tmp_path)
+
+
+@pytest.fixture
+def run(base: Release, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("MODEL_RELEASES", str(base.path.parent))
+    monkeypatch.setattr(releases_cli.console, "width", 200)
+
+    def call(*arguments: str) -> Result:
+        return CliRunner().invoke(releases_app, list(arguments), catch_exceptions=False)
+
+    return call
+
+
+def answer(ran: Result) -> Any:
+    assert ran.exit_code == 0
+    return json.loads(ran.stdout)
+
+
+def test_releases_moves_and_verdicts_are_listed(base: Release, run: Run) -> None:
+    second = build_turned_release(base, 2)
+    for candidate, verdict in ((second.id, "accept"), ("trained-never", "reject")):
+        record_decision(
+            base.path.parent,
+            {"candidate": candidate, "decision": verdict, "reasons": ["churn AUC fell"]},
+        )
+    shown = answer(run("list", "--json"))
+    assert [r["id"] for r in shown["releases"]] == [base.id, second.id]
+    assert [r["current"] for r in shown["releases"]] == [True, False]
+    assert [r["decision"] for r in shown["releases"]] == ["", "accept"]
+    assert [m["release"] for m in shown["moves"]] == [base.id]
+    table = run("list").stdout
+    for word in (base.id, second.id, "live", "accept", "trained-never", "churn AUC fell"):
+        assert word in table
+
+
+def test_an_empty_folder_says_what_to_type(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MODEL_RELEASES", str(tmp_path / "none"))
+    assert "penchant release build" in run("list").stdout
+    assert answer(run("list", "--json"))["releases"] == []
+
+
+def test_a_release_is_shown_with_its_figures_and_transition(base: Release, run: Run) -> None:
+    second = build_turned_release(base, 2)
+    shown = answer(run("show", second.id[:11], "--json"))
+    assert (shown["id"], shown["parent"]) == (second.id, base.id)
+    assert shown["metrics"] == {"turn": 2}
+    assert shown["transition"]["errors"]["orthogonal"]["overlap"] == 1.0
+    assert "metrics.turn" in run("show", second.id).stdout
+
+
+def test_two_releases_are_compared_figure_by_figure(base: Release, run: Run) -> None:
+    second, third = build_turned_release(base, 2), build_turned_release(base, 5)
+    found = answer(run("diff", second.id, third.id, "--json"))["differences"]
+    by_name = {row["name"]: row for row in found}
+    assert by_name["metrics.turn"]["difference"] == 3
+    assert by_name["space"]["other"] == third.space
+    assert "pooling" not in by_name
+    assert "+3" in run("diff", second.id, third.id).stdout
+
+
+def test_promoting_and_rolling_back_move_the_pointer(base: Release, run: Run) -> None:
+    folder, second = base.path.parent, build_turned_release(base, 2)
+    assert second.id in run("promote", second.id).stdout
+    assert load_current(folder).id == second.id
+    assert answer(run("rollback", "--json"))["live"] == base.id
+    assert load_current(folder).id == base.id
+    with pytest.raises(ReleaseMissing):
+        run("rollback")
+
+
+def test_a_damaged_release_is_not_promoted(base: Release, run: Run) -> None:
+    second = build_turned_release(base, 2)
+    (second.path / "metrics.json").write_text("{}")
+    with pytest.raises(ReleaseCorrupt, match=r"metrics\.json"):
+        run("promote", second.id)
+    assert load_current(base.path.parent).id == base.id
+
+
+@pytest.mark.parametrize("name", ["", "base-0000", "trained-"])
+def test_a_name_that_means_no_one_release_is_refused(base: Release, run: Run, name: str) -> None:
+    for seed in (2, 3):
+        build_turned_release(base, seed)
+    with pytest.raises(UserError, match="releases list"):
+        run("promote", name)
+
+
+def test_a_live_release_that_is_gone_can_be_replaced(base: Release, run: Run) -> None:
+    second = build_turned_release(base, 2)
+    make_current(second)
+    second.path.rename(base.path.parent / ".gone")
+    assert "not there" in run("list").stdout
+    run("promote", base.id)
+    assert load_current(base.path.parent).id == base.id
