@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BUCKETS: Final = 256
 _CHANGES_KEPT: Final = 100_000
 _WAITERS_PER_READ: Final = 1_000
+_KEYS_PER_SCAN: Final = 1_000
 # Redis does nothing else while a script runs, and a vector takes up to a millisecond to index.
 _VECTORS_PER_CALL: Final = 16
 
@@ -84,6 +85,20 @@ class ItemStore:
             for item, reply in zip(items, replies, strict=True)
             if reply[0] is not None
         }
+
+    def all_records(self) -> Iterator[ItemRecord]:
+        """Every item that is known, deleted ones too, in no order; one that comes or goes meanwhile
+        may be among them or not."""
+        cursor = -1
+        with redis_errors(self._where):
+            while cursor:
+                cursor, keys = self._client.scan(
+                    max(cursor, 0), self._keys.every_item(), _KEYS_PER_SCAN
+                )
+                pipe = self._client.pipeline(transaction=False)
+                for key in keys:
+                    pipe.hget(key, "record")
+                yield from (read_record(raw) for raw in pipe.execute() if raw is not None)
 
     # vectors
 

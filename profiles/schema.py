@@ -177,6 +177,10 @@ class Keys:
         (20 digits)."""
         return f"{self.namespace}:item:{item:016x}"
 
+    def every_item(self) -> str:
+        """What `SCAN` matches to list all items."""
+        return f"{self.namespace}:item:*"
+
     def waiting(self, item: int) -> str:
         """Set of user ids with events on an item whose text has not arrived; expires after
         WAITING_TTL_S."""

@@ -327,11 +327,40 @@ def updater() -> None:
 
 @app.command()
 def trainer() -> None:
-    """Run the side worker: events into the archive. SIGTERM or Ctrl-C writes what waits first."""
+    """Run the side worker: events into the archive, and with LEARN_EVERY_S a fine-tune every so
+    often. SIGTERM or Ctrl-C writes what waits first."""
     logging.getLogger().setLevel(logging.INFO)
-    from .trainer_app import Trainer
+    from .trainer_app import Trainer, schedule
 
-    Trainer(load_settings()).run()
+    settings = load_settings()
+    Trainer(settings, schedule(settings)).run()
+
+
+@app.command()
+def learn() -> None:
+    """Fine-tune once on the archive; what the gate accepts goes live, and workers swap to it."""
+    from profiles.items import ItemStore
+    from profiles.schema import Keys
+
+    from .learning import learn as turn
+
+    settings = load_settings()
+    items = ItemStore(settings.redis.connection().open(), Keys(settings.namespace))
+    with _progress("learning") as report:
+        outcome = turn(settings, items, datetime.now(UTC), lambda _, done, of: report(done, of))
+    newest = outcome.decision.figures["comparison"]["newest"]
+    console.print(
+        f"{outcome.windows:,} windows; {newest['name']} on the newest {newest['count']:,} targets: "
+        f"{newest['current']:.4f} -> {newest['candidate']:.4f} "
+        f"({newest['low']:+.4f} to {newest['high']:+.4f})",
+        highlight=False,
+    )
+    if outcome.release is None:
+        for reason in outcome.decision.reasons:
+            console.print(f"rejected: {_plain(reason)}", highlight=False)
+        console.print(f"{outcome.parent.id} stays live", highlight=False)
+    else:
+        console.print(f"accepted: {outcome.release.id} is live now", highlight=False)
 
 
 @archive_app.command("stats")

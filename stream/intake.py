@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Final, TypeVar
 
 import confluent_kafka as kafka
@@ -46,6 +47,10 @@ _WAIT_BEFORE_PAUSE_S: Final = 1.0
 # A micro-batch is gathered in steps, so that its text budget is checked on the way.
 _STEP_RECORDS: Final = 1024
 _BYTES_PER_TOKEN: Final = 4
+# Micro-batches that the updater works on at a time: one is prepared while one is applied.
+_IN_WORK: Final = 2
+_BUSY_STEP_S: Final = 0.005
+_GROW_S: Final = 0.5  # beyond the deadline, if the updater stays busy
 _TEXTLESS_BYTES: Final = 256
 # A broker that just started may not know a topic for a moment.
 _ABSENCES: Final = 5
@@ -255,7 +260,9 @@ class Intake(Service):  # type: ignore[misc]
         return consumer
 
     def _gather(self, consumer: kafka.Consumer) -> MicroBatch | None:
-        """Records until the budget is full or the deadline has passed; None if there are none."""
+        """Records until the budget is full, or until the deadline has passed and the updater has
+        room for them; None if there are none. While it is busy, a batch that waits may as well
+        grow: large ones cost less per record, and an event waits no longer in them."""
         stream = self._settings.stream
         deadline_s = time.monotonic() + stream.batch_deadline_ms / 1000
         slices: dict[_SliceKey, Slice] = {}
@@ -264,22 +271,43 @@ class Intake(Service):  # type: ignore[misc]
         while True:
             left_s = deadline_s - time.monotonic()
             wanted = min(_STEP_RECORDS, stream.batch_records - records)
-            messages = consumer.consume(wanted, max(left_s, 0.0))
-            for message in messages:
-                # Text is what a record weighs beyond an event without any.
-                budget_bytes -= max(0, self._add(slices, message) - _TEXTLESS_BYTES)
+            messages = consumer.consume(wanted, max(left_s, _BUSY_STEP_S if slices else 0.0))
+            budget_bytes -= self._add(slices, messages)
             records += len(messages)
-            if records >= stream.batch_records or budget_bytes <= 0 or left_s <= 0:
+            if records >= stream.batch_records or budget_bytes <= 0:
+                break
+            if left_s <= 0 and not (slices and left_s > -_GROW_S and self._updater_is_busy()):
                 break
         return MicroBatch(tuple(slices.values())) if slices else None
 
-    def _add(self, slices: dict[_SliceKey, Slice], message: kafka.Message) -> int:
-        """Put one message into its slice; its size in bytes."""
-        error = message.error()
-        if error is not None:
-            _check(error)
-            return 0
-        partition = (message.topic(), message.partition())
+    def _updater_is_busy(self) -> bool:
+        with self._changed:
+            return self._waiting_batches >= _IN_WORK and not (self._stopping or self._aborted)
+
+    def _add(self, slices: dict[_SliceKey, Slice], messages: Sequence[kafka.Message]) -> int:
+        """Put messages into their slices; the bytes that they weigh beyond events without text."""
+        text_bytes = 0
+        for message in messages:
+            if (error := message.error()) is not None:
+                _check(error)
+        good = [message for message in messages if message.error() is None]
+        for partition, grouped in groupby(good, lambda m: (m.topic(), m.partition())):
+            run = list(grouped)
+            offsets = [message.offset() for message in run]
+            self._notice_jumps(partition, offsets)
+            values = [message.value() for message in run]
+            piece = self._slice_of(slices, partition)
+            piece.offsets.extend(offsets)
+            piece.keys.extend(message.key() for message in run)
+            piece.values.extend(values)
+            piece.timestamps_ms.extend(message.timestamp()[1] for message in run)
+            piece.headers.extend(message.headers() for message in run)
+            text_bytes += sum(
+                len(v) - _TEXTLESS_BYTES for v in values if v and len(v) > _TEXTLESS_BYTES
+            )
+        return text_bytes
+
+    def _slice_of(self, slices: dict[_SliceKey, Slice], partition: TopicPartition) -> Slice:
         # By epoch as well: a partition that is taken away and given back while a batch is gathered
         # starts again at its committed offset, and its old records must not be mixed in.
         key = (*partition, self._epochs.get(partition, -1))
@@ -287,17 +315,18 @@ class Intake(Service):  # type: ignore[misc]
         if piece is None:
             source = source_key(self._topic_ids.get(key[0]) or key[0], key[1])
             piece = slices[key] = Slice(*key, source)
-        offset, value = message.offset(), message.value()
-        expected = self._next_offset.get(partition, offset)
-        if offset > expected:  # deleted, compacted, or the end of a transaction
-            self._jumped_from.setdefault(partition, expected)
-        self._next_offset[partition] = offset + 1
-        piece.offsets.append(offset)
-        piece.keys.append(message.key())
-        piece.values.append(value)
-        piece.timestamps_ms.append(message.timestamp()[1])
-        piece.headers.append(message.headers())
-        return len(value) if value is not None else 0
+        return piece
+
+    def _notice_jumps(self, partition: TopicPartition, offsets: list[int]) -> None:
+        """Remember where offsets are missing: deleted, compacted, or the end of a transaction."""
+        expected = self._next_offset.get(partition, offsets[0])
+        self._next_offset[partition] = offsets[-1] + 1
+        if offsets[0] <= expected and offsets[-1] - offsets[0] == len(offsets) - 1:
+            return
+        for offset in offsets:
+            if offset > expected:
+                self._jumped_from.setdefault(partition, expected)
+            expected = offset + 1
 
     def _is_of_known_topics(self, batch: MicroBatch) -> bool:
         """Whether the batch was read from the topics that were assigned. Raises IntakeFailed if one

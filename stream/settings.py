@@ -165,6 +165,25 @@ class ArchiveSettings(_Group):
     """The newest so many events of a shopper are learned from; more is a bot or a flood."""
 
 
+class LearnSettings(_Group):
+    """How the side worker fine-tunes (`LEARN_…`)."""
+
+    every_s: Annotated[float, Field(ge=0)] = 0.0
+    """The trainer fine-tunes this often; 0 leaves it to `penchant learn`."""
+    epochs: Annotated[int, Field(ge=1)] = 8
+    window: Annotated[int, Field(ge=2, le=1000)] = 50
+    """Events of a window."""
+    compatibility: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the term that keeps item vectors near the live release's."""
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """How much better a candidate must be on the newest windows, beyond noise (Recall@20)."""
+    purchase_days: Annotated[float, Field(gt=0)] = 7.0
+    """The horizon of the label "purchase"."""
+    return_days: Annotated[float, Field(gt=0)] = 30.0
+    """The horizon of the label "returns"."""
+    seed: int = 0
+
+
 class Settings(BaseSettings):
     """All settings of a process, read from the environment."""
 
@@ -179,6 +198,7 @@ class Settings(BaseSettings):
     model: ModelSettings = ModelSettings()
     profile: ProfileSettings = ProfileSettings()
     archive: ArchiveSettings = ArchiveSettings()
+    learn: LearnSettings = LearnSettings()
 
     def topic(self, name: str) -> str:
         """`events` -> `penchant.events`: every topic and group carries the namespace."""

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,43 @@ class _Clock(Service):  # type: ignore[misc]
         while not self.should_stop:
             await asyncio.sleep(_LOOK_S)
             await self._look()
+
+
+class _Schedule(Service):  # type: ignore[misc]
+    """Runs `penchant learn` every so often, as a process of its own: its memory is given back, and
+    the archive is written while it computes. It yields to workers on the same machine."""
+
+    def __init__(self, every_s: float) -> None:
+        super().__init__()
+        self._every_s = every_s
+
+    @Service.task  # type: ignore[untyped-decorator]
+    async def _run(self) -> None:
+        while not self.should_stop:
+            await self.sleep(self._every_s)
+            if not self.should_stop:
+                await self._learn()
+
+    async def _learn(self) -> None:
+        learning = await asyncio.create_subprocess_exec(
+            "nice", "-n", "10", sys.executable, "-m", "stream.cli", "learn",
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+        )  # fmt: skip
+        try:
+            said, _ = await learning.communicate()
+        except asyncio.CancelledError:
+            learning.terminate()  # a killed turn goes on where it was
+            await learning.wait()
+            raise
+        for line in said.decode(errors="replace").splitlines():
+            log.log(logging.WARNING if learning.returncode else logging.INFO, "learn: %s", line)
+
+
+def schedule(settings: Settings) -> tuple[Any, ...]:
+    """The services that fine-tune as the settings say."""
+    every_s = settings.learn.every_s
+    return (_Schedule(every_s),) if every_s else ()
 
 
 class Trainer:
