@@ -9,6 +9,7 @@ It knows neither Redis nor what is in a row.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -16,9 +17,11 @@ from .arithmetic import Row
 
 
 class ProfileCache:
-    """At most `capacity` rows; whoever was saved longest ago goes first."""
+    """At most `capacity` rows; whoever was saved longest ago goes first. Several threads may use
+    it, each for other users."""
 
     def __init__(self, capacity: int) -> None:
+        self._lock = threading.Lock()
         self._capacity = capacity
         self._rows: dict[str, Row] = {}  # oldest first
 
@@ -27,12 +30,14 @@ class ProfileCache:
 
     def take(self, user_ids: Sequence[str]) -> list[Row | None]:
         """The rows of these users, who are not held from here on; None where none was."""
-        pop = self._rows.pop
-        return [pop(user_id, None) for user_id in user_ids]
+        with self._lock:
+            pop = self._rows.pop
+            return [pop(user_id, None) for user_id in user_ids]
 
     def put(self, rows: Iterable[tuple[str, Row]]) -> None:
         """Hold what was saved of users that were taken out before."""
-        self._rows.update(rows)
-        excess = max(0, len(self._rows) - self._capacity)
-        for user_id in list(islice(self._rows, excess)):
-            del self._rows[user_id]
+        with self._lock:
+            self._rows.update(rows)
+            excess = max(0, len(self._rows) - self._capacity)
+            for user_id in list(islice(self._rows, excess)):
+                del self._rows[user_id]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Final
 
 from . import arithmetic, schema
@@ -31,7 +31,7 @@ _CHUNK: Final = 256
 
 
 class ProfileStore:
-    """Profiles of one namespace in one Redis."""
+    """Profiles of one namespace in one Redis. Several threads may use it, each for other users."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class ProfileStore:
         self._keys = keys
         self._layout = layout
         self._ttl_s = math.ceil(ttl_s)
-        self._writer = writer
+        self._writers = count(writer)  # next() is one step for all threads
         self._where = address(where) if where else "REDIS_URL"
         self._cache = ProfileCache(cached)
 
@@ -104,12 +104,12 @@ class ProfileStore:
         RedisUnavailable; then any part may be saved, and loading again tells which.
         """
         rows = list(rows)
-        self._writer = (self._writer + 1) % (1 << 64)
+        writer = next(self._writers) % (1 << 64)
         every = rows == list(range(len(profiles)))
         picked = profiles if every else arithmetic.take(profiles, rows)
         before = picked.fences
         picked.fences, expires_s = arithmetic.next_fences(
-            before, picked.watermarks, self._writer, now_s, self._ttl_s, may_renew=renew
+            before, picked.watermarks, writer, now_s, self._ttl_s, may_renew=renew
         )
         packed = arithmetic.pack(picked)
         glances = arithmetic.glances(picked, category_names)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -44,6 +45,10 @@ log = logging.getLogger(__name__)
 # leaves only those that were refused again, so more rounds than this mean a writer gone mad.
 _SAVE_ROUNDS: Final = 20
 _REFRESH_EVERY_S: Final = 1.0
+# The users of a large micro-batch are folded and saved in parts at the same time: Redis works on
+# one while Python works on another.
+_LANES: Final = 2
+_LANE_USERS: Final = 256
 # Records parsed and taken apart at a time: their events, a kilobyte each, must not leave the
 # processor's cache in between (6.3 us per event, against 9.7 with a whole micro-batch).
 _PART_RECORDS: Final = 128
@@ -106,6 +111,7 @@ class Updater:
         self._forwarded_topic = settings.topic(forwarding.TOPIC)
         self._next_refresh_s = 0.0
         self._told_split = False
+        self._lanes = ThreadPoolExecutor(_LANES, "lane")
 
     @property
     def catalogue(self) -> Catalogue:
@@ -256,11 +262,26 @@ class Updater:
         """Fold and save. Raises RedisUnavailable and what the profiles' state may raise."""
         with metrics.STAGE_S.labels("apply").time():
             events, catalogue = prepared.events, prepared.catalogue
-            self._rounds(prepared.users, catalogue, events)
+            self._in_lanes(prepared.users, catalogue, events)
             for item in prepared.arrived_items:
                 self._items.resolve_waiting(item, lambda users: self._resolve(users, catalogue))
         if prepared.oldest_ms:
             metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
+
+    def _in_lanes(self, users: Sequence[str], catalogue: Catalogue, events: EventColumns) -> None:
+        """All rounds, for parts of the users at the same time."""
+        if len(users) < _LANES * _LANE_USERS:
+            self._rounds(users, catalogue, events)
+            return
+
+        def run(lane: int) -> None:
+            rows = range(lane, len(users), _LANES)
+            self._rounds([users[row] for row in rows], catalogue, _of_users(events, rows))
+
+        lanes = [self._lanes.submit(run, lane) for lane in range(_LANES)]
+        wait(lanes)  # all, even where one failed: nothing may be at work when this returns
+        for lane in lanes:
+            lane.result()
 
     def _rounds(
         self, users: Sequence[str], catalogue: Catalogue, events: EventColumns | None
