@@ -1,7 +1,10 @@
 """Text in, vectors out. No events, no Kafka, no Redis: torch, transformers, numpy, safetensors.
 
 serving     engine (owns the device) -> encoder, item_table, batch_plan
-releases    releases (folders, CURRENT), projection
-text        text (what the encoder reads of an item)
+releases    releases (folders, CURRENT), catalogue_vectors, transition, hot_swap
+text        text (what the encoder reads of an item), projection
+training    windows -> training_rows -> trainer (window_encoder, item_vectors, heads, objective,
+            tower_tuning, cheap_dropout); ranker
+judging     evaluate (figures), prequential, leave_one_out, baselines; comparison -> gate
 errors      errors
 """
