@@ -83,6 +83,10 @@ def compare(
     """Both on the same windows. `cut_ms`: the candidate has seen nothing since; `item_events`
     (n,): training events of each item; `most`: windows ranked of either age, drawn with `seed`.
     """
+    numbers = (candidate.vectors, *_weights(candidate))
+    non_finite = sum(int((~np.isfinite(array)).sum()) for array in numbers)
+    if non_finite:  # it cannot rank anything
+        return Comparison(Figure(METRIC, np.nan, np.nan, np.nan, np.nan, 0), non_finite=non_finite)
     targets = tr.find_targets(windows)
     asked = tr.asked_at(windows)
     contenders = (current, candidate)
@@ -99,14 +103,12 @@ def compare(
         "rare items": item_events[newest.item] <= _RARE_EVENTS,
     }
     heads, calibration = _heads(windows, cut_ms, contenders, events, most, seed)
-    numbers = (candidate.vectors, *_weights(candidate))
     return Comparison(
         newest=newest.figure(METRIC),
         older=(older.figure(METRIC),),
         heads=heads,
         slices=tuple(newest.figure(f"{METRIC} of {name}", at) for name, at in slices.items()),
         calibration=calibration,
-        non_finite=sum(int((~np.isfinite(array)).sum()) for array in numbers),
         transition_cosine=transition_cosine,
     )
 

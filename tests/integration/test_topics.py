@@ -94,16 +94,24 @@ def test_an_existing_topic_is_reported_on_and_not_changed(bootstrap: str, namesp
         )
 
 
+@pytest.mark.kafka
 def test_a_topic_that_keeps_the_producers_times_is_told_from_one_that_does_not(
-    bootstrap: str, namespace: str
+    apache_kafka: ApacheKafka, namespace: str
 ) -> None:
-    settings = _settings(bootstrap, namespace)
+    settings = _settings(apache_kafka.bootstrap, namespace)
     create_topics(settings)
     admin, _ = connect(settings.kafka)
     theirs = NewTopic(f"{namespace}.theirs", 1, config={"message.timestamp.type": "CreateTime"})
     admin.create_topics([theirs])[theirs.topic].result(30)
     assert keeps_arrival_times(admin, settings.topic("events"))
     assert not keeps_arrival_times(admin, theirs.topic)
+
+
+def test_where_the_broker_does_not_say_whose_times_a_topic_keeps_nothing_is_told(
+    tansu: Tansu, namespace: str
+) -> None:
+    admin, _ = connect(KafkaSettings(bootstrap=tansu.bootstrap))
+    assert keeps_arrival_times(admin, f"{namespace}.nowhere")
 
 
 def test_repartitioning_adds_a_topic_with_the_events_partitions(

@@ -262,6 +262,8 @@ def test_awkward_but_good_input_counts_as_the_oracle_says(make_shop: MakeShop) -
 def test_ten_thousand_events_of_one_user_in_one_slice(make_shop: MakeShop) -> None:
     shop = make_shop(batch_records=10_000, batch_deadline_ms=1_500)
     shop.send(*ITEMS)
+    with LocalWorker(shop.settings):  # items first: few events can wait for theirs
+        shop.wait_folded()
     chance = random.Random(9)
     shop.send(
         *[

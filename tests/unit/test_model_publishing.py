@@ -8,6 +8,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -222,20 +223,23 @@ def test_a_part_of_another_shape_is_refused_although_its_checksum_is_right(base:
         load(release.path)
 
 
-@pytest.fixture
+@contextmanager
 def little_room() -> Iterator[None]:
-    """Files cannot grow beyond a kilobyte, as on a disk that is full."""
+    """Files cannot grow beyond a kilobyte, as on a disk that is full. Not a fixture: pytest writes
+    its own output while those are in force."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_024, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("little_room")
 def test_a_full_disk_leaves_nothing_half_visible(base: Release) -> None:
     make_current(base, now=NOW)
     before = names(base.path.parent)
-    with pytest.raises(ReleaseUnwritable, match="set MODEL_RELEASES to a folder with room"):
+    words = "set MODEL_RELEASES to a folder with room"
+    with pytest.raises(ReleaseUnwritable, match=words), little_room():
         train(base)
     assert names(base.path.parent) == before
     assert load_current(base.path.parent).id == base.id
