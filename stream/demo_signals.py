@@ -22,7 +22,8 @@ class Signals:
     """A signal raises in `heeded` and `pause`, and is remembered elsewhere.
 
     Elsewhere it could fall between the start of a server and the note that it runs. A second
-    signal ends the process on the spot; `process_guard.py` then kills the servers.
+    signal ends the process on the spot; `process_guard.py` then kills the servers. After the
+    block, a program that a signal has ended heeds no other one.
     """
 
     def __init__(self, *, on_terminal: bool) -> None:
@@ -37,8 +38,9 @@ class Signals:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        # One more Ctrl-C, while the interpreter ends, must not make a failure of a good end.
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._came else handler)
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
