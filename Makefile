@@ -8,10 +8,10 @@ RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench clean
+.PHONY: help env demo demo-learn test lint bench clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 env: ## the Python environment in .venv, as requirements.lock pins it
 	@want="$$(cat requirements.lock pyproject.toml | sha256sum) $(CURDIR)"
@@ -41,6 +41,9 @@ env: ## the Python environment in .venv, as requirements.lock pins it
 
 demo: env ## real shoppers' events through broker, encoder and Redis, live; Ctrl-C ends it
 	@exec $(BIN)/penchant demo
+
+demo-learn: env ## the same with the learning loop: fine-tuning, gate and hot swap while events flow
+	@exec $(BIN)/penchant demo --learn
 
 test: env lint ## everything, on Apache Kafka and Redis
 	@exec $(BIN)/python -m pytest

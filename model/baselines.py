@@ -40,6 +40,11 @@ class Popular:
         row = self._counts / max(float(self._counts.max(initial=0.0)), 1e-30)
         return np.broadcast_to(row.astype(np.float32), (len(users), len(row)))
 
+    def counts(self, t_ms: int) -> NDArray[np.float64]:
+        """(n_items,) decayed to `t_ms`."""
+        gone = max(t_ms - self._now_ms, 0) / self._half_life_ms
+        return np.asarray(self._counts * 2.0**-gone)
+
     def update(self, events: Events) -> None:
         events = _positive(events)
         if not len(events):
@@ -63,12 +68,16 @@ class OwnFrequency:
         self._own: dict[int, tuple[Ints, NDArray[np.float64]]] = {}
 
     def scores(self, users: Ints, t_ms: Ints) -> Floats:
-        scores = np.float32(_TIE_BREAK) * self._popular.scores(users, t_ms)
+        return self.masses(users) + np.float32(_TIE_BREAK) * self._popular.scores(users, t_ms)
+
+    def masses(self, users: Ints) -> Floats:
+        """(n, n_items) what each shopper had, decayed; 0 = never."""
+        masses = np.zeros((len(users), self._n_items), dtype=np.float32)
         for row, user in enumerate(users.tolist()):
             if user in self._own:
                 items, mass = self._own[user]
-                scores[row, items] += mass
-        return scores
+                masses[row, items] = mass
+        return masses
 
     def update(self, events: Events) -> None:
         self._popular.update(events)

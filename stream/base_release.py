@@ -34,9 +34,18 @@ def build_live(
 
     Raises what `model.releases.build_base` raises.
     """
-    from model.releases import build_base, make_current
+    from model.releases import make_current
 
-    release = build_base(
+    release = build(model, texts, progress)
+    make_current(release)
+    return release
+
+
+def build(model: ModelSettings, texts: list[str], progress: Callable[[int, int], None]) -> Release:
+    """Build the base release, or find it built; it does not go live."""
+    from model.releases import build_base
+
+    return build_base(
         model.releases,
         model.base,
         texts,
@@ -49,8 +58,6 @@ def build_live(
         now=datetime.now(UTC),
         progress=progress,
     )
-    make_current(release)
-    return release
 
 
 def require_as_set(release: Release, model: ModelSettings) -> None:

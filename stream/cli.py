@@ -624,11 +624,14 @@ def demo(
     speed: Annotated[
         float, typer.Option(help="Times faster than it happened.", envvar="DEMO_SPEED")
     ] = 86_400.0,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Fine-tune on what streams by, and swap.")
+    ] = False,
 ) -> None:
     """Watch profiles of real people change: a recorded data set through the whole system."""
     from .demo import run_demo
 
-    run_demo(Settings(), seconds=seconds, speed=speed, console=console)
+    run_demo(Settings(), seconds=seconds, speed=speed, console=console, learn=learn)
 
 
 # --- evaluation ----------------------------------------------------------------------------

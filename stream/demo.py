@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.live import Live
 
 from . import live_view
+from .demo_learning import learning
 from .demo_parts import Parts, Steps, start
 from .demo_signals import Signals, Stopped
 from .demo_watch import Gallery, Meter, Sample, Slot, next_slots
@@ -29,6 +30,8 @@ from .settings import Settings
 
 PLAIN_S: Final = 20.0
 """How long the demo lasts where nobody watches who could press Ctrl-C."""
+LEARNING_S: Final = 150.0
+"""The same, with the learning loop: long enough for a swap on two busy cores."""
 
 _TICK_S: Final = 0.5
 _STATUS_EVERY_S: Final = 1.0
@@ -38,8 +41,16 @@ _SETTLE_POLL_S: Final = 0.1
 _FILM: Final = "50"  # Star Wars (1977), the best-known of the set
 
 
-def run_demo(settings: Settings, *, seconds: float | None, speed: float, console: Console) -> None:
+def run_demo(
+    settings: Settings,
+    *,
+    seconds: float | None,
+    speed: float,
+    console: Console,
+    learn: bool = False,
+) -> None:
     """Run the demo until Ctrl-C, the end of the data set, or `seconds` after the first event.
+    `learn`: with the learning loop, and releases of the demo's own.
 
     speed: event seconds per second; 0 is as fast as it goes. Where `console` is no terminal it
     prints lines, and `seconds` is 20 if not given. Of the settings it takes the model's, the
@@ -50,16 +61,16 @@ def run_demo(settings: Settings, *, seconds: float | None, speed: float, console
     plan = Plan(speed=speed)  # refuses what is not possible before anything starts
     with_screen = console.is_terminal and not console.is_dumb_terminal
     if seconds is None and not console.is_terminal:
-        seconds = PLAIN_S
+        seconds = LEARNING_S if learn else PLAIN_S
     with Signals(on_terminal=with_screen) as signals, ExitStack() as running:
         try:
             with Steps(console, with_bars=with_screen) as steps:
-                parts, first = start(settings, plan, steps, signals, running)
+                parts, first = start(settings, plan, steps, signals, running, learn=learn)
         except Stopped:
             _say(console, "stopped before the first event")
             return
         _say(console, f"{parts.dataset.description}\n{parts.dataset.rule}")
-        watch = _Watch(parts, first, plan.speed or 0.0)
+        watch = _Watch(parts, first, plan.speed or 0.0, learns=learn)
         parts.feed.begin.set()
         try:
             show = _show_screen if with_screen else _show_lines
@@ -78,8 +89,9 @@ def run_demo(settings: Settings, *, seconds: float | None, speed: float, console
 class _Watch:
     """Puts together what is shown, tick by tick."""
 
-    def __init__(self, parts: Parts, first: Sample, speed: float) -> None:
+    def __init__(self, parts: Parts, first: Sample, speed: float, *, learns: bool) -> None:
         self.parts = parts
+        self._learns = learns
         self.meter = Meter(first)
         self._began_s = time.monotonic()
         self._gallery = Gallery(parts.reader)
@@ -108,13 +120,23 @@ class _Watch:
             figures=self.meter.now(),
             shoppers=shoppers,
             commands=_commands(shoppers[0]) if shoppers else (),
+            learning=self.learning(),
         )
         return self._view
 
+    def learning(self) -> live_view.Learning | None:
+        """The state of the learning loop; None where nothing is learned."""
+        if not self._learns:
+            return None
+        return learning(self.parts.releases, self.meter.first, self.meter.latest)
+
     def over(self, seconds: float | None) -> bool:
-        """The data set has ended and is counted, or the time is up."""
+        """The data set has ended, is counted and learned from, or the time is up."""
         is_late = seconds is not None and time.monotonic() - self._began_s >= seconds
-        return is_late or (not self.parts.feed.is_alive() and self.caught_up())
+        if is_late or self.parts.feed.is_alive():
+            return is_late
+        swapped = self.meter.latest.swaps > self.meter.first.swaps
+        return self.caught_up() and (swapped or not self._learns)
 
     def caught_up(self) -> bool:
         """All that was sent has gone through the worker, as of the latest sample."""
@@ -132,10 +154,15 @@ def _show_screen(watch: _Watch, seconds: float | None, console: Console, signals
 
 def _show_lines(watch: _Watch, seconds: float | None, console: Console, signals: Signals) -> None:
     shopper_due_s, shown = 0.0, 0
+    told = live_view.Learning()
     while not watch.over(seconds):
         signals.pause(_STATUS_EVERY_S)
         view = watch.tick(live_view.MOST_SHOPPERS)
         _say(console, live_view.plain_status(view))
+        if view.learning is not None:
+            for news in live_view.plain_learning(told, view.learning):
+                _say(console, news)
+            told = view.learning
         if view.shoppers and view.elapsed_s >= shopper_due_s:
             _say(console, live_view.plain_shopper(view.shoppers[shown % len(view.shoppers)]))
             shown += 1
@@ -154,6 +181,8 @@ class _Outcome:
     wall_s: float
     profiles: int
     shopper: live_view.Shopper | None
+    learning: live_view.Learning | None
+    releases: Path
 
 
 def _settle(watch: _Watch) -> _Outcome:
@@ -171,6 +200,8 @@ def _settle(watch: _Watch) -> _Outcome:
         wall_s=meter.latest.at_s - meter.first.at_s,
         profiles=sum(1 for _ in parts.reader.user_ids()),
         shopper=max(shoppers, key=lambda shopper: shopper.events, default=None),
+        learning=watch.learning(),
+        releases=parts.releases,
     )
 
 
@@ -181,15 +212,21 @@ def _print_outcome(console: Console, outcome: _Outcome) -> None:
             outcome.figures, sent=outcome.sent, wall_s=outcome.wall_s, profiles=outcome.profiles
         ),
     )
+    of_its_own = ""
+    if outcome.learning is not None:
+        _say(console, live_view.learning_words(outcome.learning))
+        of_its_own = f"MODEL_RELEASES={shlex.quote(str(outcome.releases))} "
     _say(console, "Everything has stopped. To go on by hand, with the profiles as they are now:")
     steps = [(f"{_penchant()} up", "a broker and a Redis that stay")]
     if outcome.shopper is not None:
         show, produce = _commands(outcome.shopper)
         steps += [(show, "read one profile"), (produce, "produce one event")]
     steps += [
-        (f"{_penchant()} updater", "a worker, which counts it (Ctrl-C ends it)"),
+        (f"{of_its_own}{_penchant()} updater", "a worker, which counts it (Ctrl-C ends it)"),
         (f"{_penchant()} down", "stop broker and Redis"),
     ]
+    if of_its_own:
+        steps.append((f"{of_its_own}{_penchant()} releases list", "what was learned, and judged"))
     for command, meaning in steps:
         _say(console, f"  {command}  # {meaning}")
 

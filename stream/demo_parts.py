@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from profiles import ProfileReader
 
-from .base_release import build_live, texts_of
+from .base_release import build, build_live, texts_of
 from .datasets import Dataset, load
 from .demo_signals import Signals
 from .demo_watch import Crowd, Sample, answer, parse_sample
@@ -49,6 +49,10 @@ _WORKER_GRACE_S: Final = 10.0
 _SESSION_S: Final = 6.0
 # What a worker may need of this process' environment; all else is in its settings.
 _PASSED_ON: Final = ("PATH", "HOME", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
+# Learning by the clock of a demo: a day of events goes by in a second.
+_LEARN_EVERY_S: Final = 20.0
+_FLUSH_S: Final = 2.0
+_WATCH_S: Final = 0.5
 _FROM_THE_DEMO: Final = "from-the-demo"
 
 
@@ -126,6 +130,8 @@ class Feed(threading.Thread):
 class Parts:
     """What the demo is made of once it has started."""
 
+    releases: Path
+
     dataset: Dataset
     processes: tuple[ServerProcess, ...]
     metrics_url: str
@@ -148,10 +154,17 @@ class Parts:
 
 
 def start(
-    settings: Settings, plan: Plan, steps: Steps, signals: Signals, running: ExitStack
+    settings: Settings,
+    plan: Plan,
+    steps: Steps,
+    signals: Signals,
+    running: ExitStack,
+    *,
+    learn: bool = False,
 ) -> tuple[Parts, Sample]:
     """Start everything; `running` stops it again. Returns once the catalogue is in, with the
-    worker's metrics at that moment: what comes after it comes of events.
+    worker's metrics at that moment: what comes after it comes of events. `learn`: with a
+    trainer, and releases of the demo's own.
 
     Raises Stopped, UserError, and what the parts raise.
     """
@@ -160,18 +173,27 @@ def start(
         dataset = load("movielens")
     with steps.step("starting Redis, broker and topics"):
         own, servers = _servers(settings, running)
-    _build_release_if_missing(own, dataset, steps, signals)
+    if learn:
+        own = _with_own_releases(own, dataset, steps, signals)
+    else:
+        _build_release_if_missing(own, dataset, steps, signals)
     with steps.step("starting the worker"):
         worker = _worker(own, folder / "demo" / "updater.log")
         running.callback(worker.stop, _WORKER_GRACE_S + own.stream.drain_s)
         worker.start()
         url = f"http://127.0.0.1:{own.stream.metrics_port}"
         _await_ready(worker, f"{url}/healthz/ready", signals)
+    processes = (*servers, worker)
+    if learn:
+        trainer = _trainer(own, folder / "demo" / "trainer.log")
+        running.callback(trainer.stop, _WORKER_GRACE_S + own.stream.drain_s)
+        trainer.start()
+        processes += (trainer,)
     crowd = Crowd()
     feed = Feed(dataset, own, plan, crowd)
     running.callback(feed.end)
     reader = running.enter_context(ProfileReader(own.redis.connection(), own.namespace))
-    parts = Parts(dataset, (*servers, worker), url, reader, crowd, feed)
+    parts = Parts(own.model.releases, dataset, processes, url, reader, crowd, feed)
     return parts, _send_catalogue(parts, steps, signals)
 
 
@@ -253,15 +275,50 @@ def _build_release_if_missing(
         build_live(model, texts_of(dataset.items), report)
 
 
+def _with_own_releases(
+    settings: Settings, dataset: Dataset, steps: Steps, signals: Signals
+) -> Settings:
+    """Settings to learn by: releases and an archive of the demo's own, so that what it learns of
+    films serves no shop, and a fine-tune every so often. It begins with the base release."""
+    from model.releases import load as load_release
+    from model.releases import make_current
+
+    folder = settings.stream.data_dir / "demo"
+    releases, archive = folder / "releases", folder / "archive"
+    for old in (releases, archive):
+        shutil.rmtree(old, ignore_errors=True)
+    with signals.heeded(), steps.step("building the base release") as report:
+        base = build(settings.model, texts_of(dataset.items), report)
+    shutil.copytree(base.path, releases / base.path.name)
+    make_current(load_release(releases / base.path.name))
+    update: dict[str, object] = {
+        "model": settings.model.model_copy(update={"releases": releases, "watch_s": _WATCH_S}),
+        "archive": settings.archive.model_copy(update={"url": str(archive), "flush_s": _FLUSH_S}),
+        "learn": settings.learn.model_copy(
+            update={"every_s": settings.learn.every_s or _LEARN_EVERY_S}
+        ),
+    }
+    return settings.model_copy(update=update)
+
+
+def _trainer(settings: Settings, log: Path) -> ServerProcess:
+    """`penchant trainer` likewise."""
+    return _process("The trainer", "trainer", settings, log)
+
+
 def _worker(settings: Settings, log: Path) -> ServerProcess:
     """`penchant updater` as a process of its own, under the same guard as the servers."""
+    return _process("The worker", "updater", settings, log)
+
+
+def _process(name: str, command: str, settings: Settings, log: Path) -> ServerProcess:
     log.unlink(missing_ok=True)
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     environment = passed_on | environment_of(settings)
     pairs = [f"{name}={value}" for name, value in environment.items()]
     # Servers start in an empty environment; env(1) fills it and becomes the worker.
-    command = ["env", *pairs, sys.executable, "-m", "stream.cli", "updater"]
-    return ServerProcess("The worker", command, log)
+    program = ["env", *pairs, sys.executable, "-m", "stream.cli", command]
+    return ServerProcess(name, program, log)
 
 
 def environment_of(settings: Settings) -> dict[str, str]:

@@ -57,6 +57,12 @@ class Sample:
     misses: int
     items: int
     batches_begun: int
+    swaps: int
+    """Releases that the worker went over to."""
+    flip_s: float
+    """Time that it took for that, in all, between two micro-batches."""
+    migrated: int
+    """Profiles moved to another embedding space."""
     freshness: tuple[tuple[float, int], ...]
     """(upper bound in seconds, observations up to it), the last bound infinite."""
 
@@ -101,6 +107,9 @@ def parse_sample(text: str, at_s: float) -> Sample:
         misses=count("item_cache_misses_total"),
         items=count("items_stored_total"),
         batches_begun=count("batch_records_count"),
+        swaps=count("releases_swapped_total"),
+        flip_s=values.get("penchant_release_flip_seconds_sum", 0.0),
+        migrated=count("profiles_migrated_total"),
         freshness=tuple(sorted(buckets)),
     )
 

@@ -19,12 +19,14 @@ import numpy as np
 from model.evaluate import Floats
 from model.prequential import NO_ITEM, Events
 from model.text import text_version
+from model.windows import Labelled
 from profiles.arithmetic import FORGET
 from profiles.schema import EVENT_TYPES
 
 from .base_release import texts_of
 from .contributions import columns, event_weights
 from .datasets import Dataset
+from .labelling import NEUTRAL_RATING, RATING_SPAN, Archived, Rules, label
 from .settings import ModelSettings
 
 _FOLDER: Final = "evaluation"
@@ -72,6 +74,34 @@ def recorded(data: Dataset, name: str = "") -> Recorded:
         item_ids=list(row_of),
         texts=texts + [""] * (len(row_of) - len(texts)),
     )
+
+
+def windows_of(data: Recorded, events: Events) -> Labelled:
+    """Some of a set's events as labelled windows, by the rules of the learning loop.
+
+    A review's rating is found again in its weight.
+    """
+    weights = event_weights({})
+    review = EVENT_TYPES.index("review")
+    rating = np.full(len(events), np.nan, dtype=np.float32)
+    reviews = events.type == review
+    rating[reviews] = NEUTRAL_RATING + RATING_SPAN * events.weight[reviews] / weights["review"]
+    archived = Archived(
+        users=data.user_ids,
+        item_ids=data.item_ids,
+        user=events.user.astype(np.int32),
+        item=events.item,
+        type=events.type,
+        t_ms=events.t_ms,
+        event=np.zeros(len(events), dtype=np.uint64),
+        rating=rating,
+        label=np.full(len(events), "", dtype=object),
+        source=np.zeros(len(events), dtype=np.uint64),
+        offset=np.arange(len(events)),
+    )
+    rows = {item_id: row for row, item_id in enumerate(data.item_ids)}
+    now_ms = int(events.t_ms.max(initial=0))
+    return label(archived, rows, EVENT_TYPES, Rules(weights), now_ms)
 
 
 def item_vectors(

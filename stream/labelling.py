@@ -36,8 +36,8 @@ from profiles.arithmetic import FORGET
 Keys64 = NDArray[np.uint64]
 
 _DAY_MS: Final = 86_400_000
-_NEUTRAL_RATING: Final = 3.0
-_RATING_SPAN: Final = 2.0
+NEUTRAL_RATING: Final = 3.0
+RATING_SPAN: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def signed_weights(
     table[: len(types)] = [weights.get(name, 0.0) for name in types]
     out: Floats = table[type_]
     rated = (type_ == types.index("review")) & ~np.isnan(rating)
-    out[rated] *= (rating[rated] - _NEUTRAL_RATING) / _RATING_SPAN
+    out[rated] *= (rating[rated] - NEUTRAL_RATING) / RATING_SPAN
     return out
 
 

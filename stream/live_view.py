@@ -90,6 +90,37 @@ class Shopper:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the gate said of a candidate."""
+
+    accepted: bool
+    name: str
+    """Of the release; of the candidate's folder where it was rejected."""
+    figure: str
+    before: float
+    after: float
+    """The figure of the live release and of the candidate, on the newest events."""
+    low: float
+    high: float
+    """The interval of their difference."""
+    why: str
+    """The reasons of a rejection."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The learning loop so far."""
+
+    verdicts: tuple[Verdict, ...] = ()
+    """Oldest first."""
+    swaps: int = 0
+    flip_s: float = 0.0
+    """What all the swaps took, between two micro-batches."""
+    migrated: int = 0
+    """Profiles moved to a new embedding space."""
+
+
+@dataclass(frozen=True)
 class View:
     """All that is on the screen at one moment."""
 
@@ -105,6 +136,8 @@ class View:
     shoppers: tuple[Shopper, ...] = ()
     commands: tuple[str, ...] = ()
     """To type in another terminal."""
+    learning: Learning | None = None
+    """None where nothing is learned."""
 
 
 # --- the screen ----------------------------------------------------------------------------
@@ -112,11 +145,12 @@ class View:
 
 def render(view: View, width: int, height: int) -> RenderableType:
     """The whole screen of `width` columns and `height` rows."""
-    count, rows = fitting(height)
+    count, rows = fitting(height - (view.learning is not None))
     panels = [_shopper(shopper, rows, width) for shopper in view.shoppers[:count]]
     return Group(
         _header(view),
         _figures(view.figures),
+        *([_learned(view.learning)] if view.learning else []),
         _headings(width) if panels else Text("no shopper has acted yet", style="dim"),
         *panels,
         _footer(view.commands, width),
@@ -159,6 +193,12 @@ def _figures(figures: Figures) -> Table:
     table.add_row(*(Text(label, style="dim") for label in cells))
     table.add_row(*(Text(value, style="bold cyan") for value in cells.values()))
     return table
+
+
+def _learned(learning: Learning) -> Text:
+    words = learning_words(learning)
+    style = "bold green" if learning.swaps else "dim"
+    return Text(words, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def figure_cells(figures: Figures) -> dict[str, str]:
@@ -290,6 +330,43 @@ def plain_status(view: View) -> str:
         f"freshness p50 {_at_most(f.freshness_p50_s)}, p99 {_at_most(f.freshness_p99_s)}  "
         f"cache hits {_percent(f.cache_hits)}"
     )
+
+
+def learning_words(learning: Learning) -> str:
+    """One line: the last verdict, and whether the worker has taken the new release."""
+    if not learning.verdicts:
+        return "learning: the first fine-tune is still to come"
+    words = f"learning: {verdict_words(learning.verdicts[-1])}"
+    return f"{words}; {swap_words(learning)}" if learning.swaps else words
+
+
+def verdict_words(verdict: Verdict) -> str:
+    """Before and after, and what the gate made of it."""
+    said = "accepted" if verdict.accepted else "rejected"
+    return (
+        f"{verdict.figure} on the newest events {verdict.before:.3f} -> {verdict.after:.3f} "
+        f"({verdict.low:+.3f} to {verdict.high:+.3f}): {said}"
+    )
+
+
+def swap_words(learning: Learning) -> str:
+    """How often the worker went over to another release, and how long events waited."""
+    times = "once" if learning.swaps == 1 else f"{learning.swaps} times"
+    return (
+        f"the worker swapped {times} (flip {1000 * learning.flip_s / learning.swaps:.1f} ms), "
+        f"{learning.migrated:,} profiles moved to the new space"
+    )
+
+
+def plain_learning(before: Learning, now: Learning) -> list[str]:
+    """A line for each verdict and swap since `before`."""
+    lines = []
+    for verdict in now.verdicts[len(before.verdicts) :]:
+        about = f"{verdict.name} goes live" if verdict.accepted else verdict.why
+        lines.append(f"         learned: {verdict_words(verdict)}; {about}")
+    if now.swaps > before.swaps:
+        lines.append(f"         swapped: {swap_words(now)}")
+    return lines
 
 
 def plain_shopper(shopper: Shopper) -> str:

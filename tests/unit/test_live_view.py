@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from stream import live_view
-from stream.live_view import Act, Figures, Near, Shopper, View
+from stream.live_view import Act, Figures, Learning, Near, Shopper, Verdict, View
 
 AT_MS = 876_664_980_000  # 1997-10-12T14:03:00Z
 
@@ -184,3 +184,34 @@ def test_plain_lines_say_what_the_screen_says() -> None:
 def test_the_summary_tells_sent_from_counted() -> None:
     words = live_view.summary(VIEW.figures, sent=7_800, wall_s=13.4, profiles=87)
     assert "7,800 events sent, 7,794 counted in 87 profiles, 13 s (577 events/s)" in words
+
+
+ACCEPTED = Verdict(
+    accepted=True, name="trained-1f", figure="recall@20", before=0.0291, after=0.1034,
+    low=0.041, high=0.098, why="",
+)  # fmt: skip
+REJECTED = replace(ACCEPTED, accepted=False, after=0.03, low=-0.01, high=0.012, why="no better")
+LEARNED = Learning((REJECTED, ACCEPTED), swaps=1, flip_s=0.0004, migrated=1_205)
+
+
+def test_a_verdict_is_told_once_and_so_is_a_swap() -> None:
+    news = live_view.plain_learning(Learning((REJECTED,)), LEARNED)
+    assert [line.strip() for line in news] == [
+        "learned: recall@20 on the newest events 0.029 -> 0.103 (+0.041 to +0.098): accepted; "
+        "trained-1f goes live",
+        "swapped: the worker swapped once (flip 0.4 ms), 1,205 profiles moved to the new space",
+    ]
+    assert live_view.plain_learning(LEARNED, LEARNED) == []
+
+
+def test_a_rejection_says_why() -> None:
+    (line,) = live_view.plain_learning(Learning(), Learning((REJECTED,)))
+    assert line.endswith("rejected; no better")
+
+
+def test_the_screen_has_a_line_for_the_learning_loop_and_still_fits() -> None:
+    rows = drawn(replace(VIEW, learning=LEARNED), height=24)
+    assert len(rows) <= 24
+    assert any("0.029 -> 0.103" in row for row in rows)
+    rows = drawn(replace(VIEW, learning=Learning()))
+    assert any("the first fine-tune is still to come" in row for row in rows)
