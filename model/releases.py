@@ -125,8 +125,13 @@ class Release:
         found: dict[str, Any] = json.loads((self.path / METRICS).read_text(encoding="utf-8"))
         return found
 
-    def load_encoder(self, *, device: str = "auto", dtype: DType = "auto") -> TextEncoder:
-        """The encoder of this release. Raises as `TextEncoder.from_pretrained` does."""
+    def load_encoder(
+        self, *, device: str = "auto", dtype: DType = "auto", projected: bool = True
+    ) -> TextEncoder:
+        """The encoder of this release; not `projected`, its rows are as wide as the tower.
+
+        Raises as `TextEncoder.from_pretrained` does.
+        """
         return TextEncoder.from_pretrained(
             self.path / ENCODER,
             device=device,
@@ -135,7 +140,7 @@ class Release:
             pooling=self.pooling,
             query_prefix=self.query_prefix,
             passage_prefix=self.passage_prefix,
-            projection=Projection.load(self.path / PROJECTION),
+            projection=Projection.load(self.path / PROJECTION) if projected else None,
         )
 
 

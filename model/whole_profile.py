@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import ranker, trainer
-from .baselines import DAY_MS, LastBasket, OwnFrequency, Popular, TextProfile, baskets
+from .baselines import DAY_MS, ItemNeighbours, OwnFrequency, Popular, TextSteps, baskets
 from .evaluate import Floats, Int32s, Ints
 from .prequential import NO_ITEM, Events
 from .ranker import Cases
@@ -25,6 +25,7 @@ from .trainer import Base, Candidate, Catalogue, TrainSettings
 from .windows import Labelled
 
 _ITEM_HALF_LIFE_MS: Final = 21 * DAY_MS
+_STEP: Final = 0.7  # what each instant counts of the next, in the text signal
 _CASES: Final = 2_000  # newest rankings that the ranker learns from
 _CASE_BYTES: Final = 400_000_000
 
@@ -51,6 +52,15 @@ class Swap:
     figures: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class Foretold:
+    """What the heads said while events went by."""
+
+    told: int = 0
+    event: list[Ints] = field(default_factory=list)  # places among the events told
+    chance: dict[str, list[Floats]] = field(default_factory=dict)  # head -> as many
+
+
 class WholeProfile:
     """What a shop's recommender would rank by; see `Scorer`."""
 
@@ -72,11 +82,11 @@ class WholeProfile:
         self._schedule, self._settings = schedule, settings
         self._n_users = n_users
         self._own = OwnFrequency(n_items)
-        self._near = LastBasket(n_items)
+        self._near = ItemNeighbours(n_items)
         self._items = Popular(n_items, _ITEM_HALF_LIFE_MS)
         self._users = _Users(n_users, settings.events)
         self._vectors = base.vectors(catalogue)
-        self._text = TextProfile(self._vectors, n_users)
+        self._text = TextSteps(self._vectors, n_users, _STEP)
         self._weights = ranker.first_weights()
         self._cases: deque[Cases] = deque(
             maxlen=min(_CASES, max(_CASE_BYTES // (n_items * 24), 100))
@@ -86,6 +96,7 @@ class WholeProfile:
         self._candidate: Candidate | None = base.earlier
         self._next_ms: float | None = None
         self.swaps: list[Swap] = []
+        self.foretold = Foretold()
 
     def scores(self, users: Ints, t_ms: Ints) -> Floats:
         return ranker.score(self._weights, *self.signals(users, t_ms))
@@ -117,6 +128,7 @@ class WholeProfile:
             part.update(events)
         self._users.update(events)
         self._told.append(events)
+        self._foretell(events)
         latest = float(events.t_ms.max(initial=0))
         if self._next_ms is None:
             self._next_ms = latest + self._schedule.every_ms
@@ -133,6 +145,22 @@ class WholeProfile:
         inputs = self._vectors[np.maximum(item, 0)] * (item != NO_ITEM)[..., None]
         out[known] = self._candidate.window.encode(inputs, types, t_ms, length)
         return out
+
+    def _foretell(self, events: Events) -> None:
+        """What the heads say after some of these events, on which nobody will look back."""
+        at = self.foretold.told + np.arange(len(events))
+        self.foretold.told += len(events)
+        asked = np.flatnonzero(at % self._schedule.every_case == 0)
+        if self._candidate is None or not len(asked):
+            return
+        users = np.unique(events.user[asked])
+        item, types, t_ms, length = self._users.windows(users)
+        inputs = self._vectors[np.maximum(item, 0)] * (item != NO_ITEM)[..., None]
+        hidden = self._candidate.window.hidden(inputs, types, t_ms, length)
+        last = {user: place for place, user in zip(at.tolist(), events.user.tolist(), strict=True)}
+        self.foretold.event.append(np.array([last[user] for user in users.tolist()]))
+        for name, chance in self._candidate.heads.predict(hidden).items():
+            self.foretold.chance.setdefault(name, []).append(chance)
 
     # --- learning
 
@@ -169,7 +197,7 @@ class WholeProfile:
             self._weights = ranker.fit(_stacked(self._cases), self._weights)
         self._candidate, self._vectors = candidate, candidate.vectors
         self._base = replace(self._base, projection=candidate.projection)
-        self._text = TextProfile(self._vectors, self._n_users)
+        self._text = TextSteps(self._vectors, self._n_users, _STEP)
         self._text.update(events)
         figures = {name: float(v) for name, v in candidate.metrics["newest"].items()}
         self.swaps.append(Swap(now_ms, len(windows), figures))

@@ -10,19 +10,34 @@ Amazon sets only have an order, and published tables leave the last item out (`l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model import baselines
-from model.evaluate import METRICS, Bools, Floats, Int32s, Interval, UserBootstrap, metric
+from model.evaluate import (
+    METRICS,
+    Bools,
+    Doubles,
+    Floats,
+    Int32s,
+    Interval,
+    UserBootstrap,
+    auc,
+    calibration_error,
+    metric,
+)
 from model.leave_one_out import LeftOut, rank_targets, split
 from model.prequential import Ranked, Scorer, prequential
 
 from .errors import UserError
-from .evaluation_data import Recorded
+from .evaluation_data import Encoded, Recorded, windows_of
+
+if TYPE_CHECKING:
+    from model.whole_profile import WholeProfile
 
 Progress = Callable[[int, int], None]
 Make = Callable[[], Scorer]
@@ -33,6 +48,8 @@ MIDDLE: Final = 0.65
 """Where the ranked part is cut in two: what holds in spring should hold before Christmas."""
 
 _DAY_MS: Final = 86_400_000
+_LIFT_OF: Final = "recall@20"
+_PARTS_OF_TIME: Final = 24
 _NEW_ITEM_MS: Final = 30 * _DAY_MS
 _TEXT_WEIGHTS: Final = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 _CHOSEN_ON_USERS: Final = 5000
@@ -79,6 +96,28 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Timeline:
+    """Recall over event time, in parts of equal length."""
+
+    starts_ms: tuple[int, ...]
+    targets: tuple[int, ...]
+    recall: dict[str, tuple[float, ...]]  # scorer -> NaN where a part has no target
+    swaps_ms: tuple[int, ...] = ()
+    """When the whole profile went over to new weights."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a head foresaw after events, against what came of it."""
+
+    name: str
+    events: int
+    positive: float  # share of the events
+    auc: Interval
+    calibration_error: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What an evaluation found."""
 
@@ -91,6 +130,8 @@ class Report:
     sections: tuple[Section, ...]
     slices: tuple[Section, ...] = ()
     """Parts of the targets of the first section."""
+    timeline: Timeline | None = None
+    heads: tuple[Head, ...] = ()
 
 
 def counters(data: Recorded) -> dict[str, Make]:
@@ -118,6 +159,24 @@ def untrained_text(data: Recorded, vectors: Floats) -> dict[str, Make]:
     return steps_of_text(data, vectors) | {
         "text: profile, three time scales": lambda: baselines.TextProfile(vectors, users),
     }
+
+
+def whole_profile(data: Recorded, texts: Encoded, folder: Path) -> WholeProfile:
+    """The whole profile, retrained every four weeks of event time; it leaves its weights in
+    `folder`. For sets with real times."""
+    from model.trainer import Base, Catalogue, TrainSettings
+    from model.whole_profile import Schedule, WholeProfile
+
+    return WholeProfile(
+        Catalogue(data.item_ids, texts.features),
+        Base(texts.projection),
+        data.type_names,
+        len(data.user_ids),
+        lambda events: windows_of(data, events),
+        folder,
+        Schedule(),
+        TrainSettings(),
+    )
 
 
 def counters_of_order(data: Recorded) -> dict[str, Make]:
@@ -185,7 +244,69 @@ def in_event_time(
         f"{len(data.item_ids):,} items are ranked before every basket and looked up for each of "
         "its items, and then it is learned. Intervals: 95 %, bootstrap over users."
     )
-    return _report(data, ranked, protocol)
+    return replace(_report(data, ranked, protocol), timeline=_timeline(ranked))
+
+
+def with_learning(data: Recorded, report: Report, whole: WholeProfile) -> Report:
+    """The report of a run in which `whole` took part, with its swaps and its heads."""
+    timeline = report.timeline and replace(
+        report.timeline, swaps_ms=tuple(swap.t_ms for swap in whole.swaps)
+    )
+    return replace(report, timeline=timeline, heads=_heads(data, whole))
+
+
+def _timeline(ranked: Ranked) -> Timeline:
+    t_ms = ranked.targets.t_ms
+    edges = np.linspace(t_ms.min(), t_ms.max() + 1, _PARTS_OF_TIME + 1)
+    part = np.searchsorted(edges, t_ms, side="right") - 1
+    count = np.bincount(part, minlength=_PARTS_OF_TIME)
+    with np.errstate(invalid="ignore"):
+        recall = {
+            name: np.bincount(part, metric(_LIFT_OF, rank), _PARTS_OF_TIME) / count
+            for name, rank in ranked.rank.items()
+        }
+    return Timeline(
+        tuple(int(edge) for edge in edges[:-1]),
+        tuple(count.tolist()),
+        {name: tuple(values.tolist()) for name, values in recall.items()},
+    )
+
+
+def _heads(data: Recorded, whole: WholeProfile) -> tuple[Head, ...]:
+    """The heads of `whole`, where their labels are known and of both kinds."""
+    if not whole.foretold.event:
+        return ()
+    event = np.concatenate(whole.foretold.event)
+    labelled = windows_of(data, data.events)
+    # Windows stand by user, then in the order of the events.
+    names = np.argsort(np.argsort(np.array(data.user_ids)))
+    place = np.empty(len(data.events), dtype=np.int64)
+    place[np.lexsort((np.arange(len(place)), data.events.t_ms, names[data.events.user]))] = (
+        np.arange(len(place))
+    )
+    found = []
+    for name, parts in whole.foretold.chance.items():
+        chance = np.concatenate(parts)
+        label = getattr(labelled, name)[place[event]]
+        known = (label >= 0) & np.isfinite(chance)
+        truth, said = label[known].astype(float), chance[known]
+        if len(np.unique(truth)) < 2:
+            continue
+        bootstrap = UserBootstrap(data.events.user[event[known]])
+
+        def weighted(weight: Doubles, said: Floats = said, truth: Doubles = truth) -> float:
+            return auc(said, truth, weight)
+
+        found.append(
+            Head(
+                name,
+                int(known.sum()),
+                float(truth.mean()),
+                bootstrap.statistic(weighted),
+                calibration_error(said, truth),
+            )
+        )
+    return tuple(found)
 
 
 def slices(data: Recorded, ranked: Ranked) -> dict[str, Bools]:
@@ -213,7 +334,7 @@ def slices(data: Recorded, ranked: Ranked) -> dict[str, Bools]:
 def _report(data: Recorded, ranked: Ranked, protocol: str) -> Report:
     user = ranked.targets.user
     bootstrap = UserBootstrap(user)
-    lift_of = "recall@20"
+    lift_of = _LIFT_OF
     reference = _strongest(ranked.rank, lift_of)
     everything = np.ones(len(user), dtype=bool)
     first = _section("all", user, ranked.rank, bootstrap, everything, reference, lift_of)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from model.evaluate import Floats
 from model.prequential import NO_ITEM, Events
+from model.projection import Projection
 from model.text import text_version
 from model.windows import Labelled
 from profiles.arithmetic import FORGET
@@ -28,6 +29,9 @@ from .contributions import columns, event_weights
 from .datasets import Dataset
 from .labelling import NEUTRAL_RATING, RATING_SPAN, Archived, Rules, label
 from .settings import ModelSettings
+
+if TYPE_CHECKING:
+    from model.releases import Release
 
 _FOLDER: Final = "evaluation"
 _TEXTS_AT_ONCE: Final = 512
@@ -104,20 +108,28 @@ def windows_of(data: Recorded, events: Events) -> Labelled:
     return label(archived, rows, EVENT_TYPES, Rules(weights), now_ms)
 
 
-def item_vectors(
+@dataclass(frozen=True)
+class Encoded:
+    """n texts through the base release that is fitted on them; zeros for an item without text."""
+
+    features: Floats  # (n, W) unit rows of the text tower
+    vectors: Floats  # (n, D) unit rows, projected
+    projection: Projection
+
+
+def encoded(
     texts: Sequence[str],
     model: ModelSettings,
     data_dir: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Floats:
-    """(n, D) unit rows: the texts through the base release that is fitted on them; an item without
-    text has a row of zeros. Kept under `data_dir`, so that the next run does not encode again.
+) -> Encoded:
+    """Texts as vectors. Kept under `data_dir`, so that the next run does not encode again.
 
     Raises what `model.releases.build_base` raises.
     """
     import torch  # two seconds
 
-    from model.releases import build_base
+    from model.releases import PROJECTION, build_base
 
     torch.set_num_threads(model.threads or max(1, (os.cpu_count() or 2) - 1))
     folder = data_dir / _FOLDER
@@ -136,18 +148,30 @@ def item_vectors(
     )
     named = "".join(map(text_version, texts))
     digest = hashlib.sha256(f"{release.space}{named}".encode()).hexdigest()[:16]
-    file = folder / f"vectors-{digest}.npy"
-    if file.exists():
-        return np.asarray(np.load(file), dtype=np.float32)
+    file = folder / f"features-{digest}.npy"
+    features = np.load(file) if file.exists() else _features(texts, release, model, progress)
+    if not file.exists():
+        draft = file.with_suffix(".draft")
+        with draft.open("wb") as out:
+            np.save(out, features)
+        draft.replace(file)
+    projection = Projection.load(release.path / PROJECTION)
+    vectors = projection.apply(features)
+    vectors[~features.any(axis=1)] = 0.0
+    return Encoded(features, vectors, projection)
+
+
+def _features(
+    texts: Sequence[str],
+    release: Release,
+    model: ModelSettings,
+    progress: Callable[[int, int], None],
+) -> Floats:
+    encoder = release.load_encoder(device=model.device, dtype=model.dtype, projected=False)
     described = [row for row, text in enumerate(texts) if text.strip()]
-    vectors = np.zeros((len(texts), release.dimensions), dtype=np.float32)
-    encoder = release.load_encoder(device=model.device)
+    features = np.zeros((len(texts), release.width), dtype=np.float32)
     for first in range(0, len(described), _TEXTS_AT_ONCE):
         rows = described[first : first + _TEXTS_AT_ONCE]
-        vectors[rows] = encoder.encode([texts[row] for row in rows])
+        features[rows] = encoder.encode([texts[row] for row in rows])
         progress(first + len(rows), len(described))
-    draft = file.with_suffix(".draft")
-    with draft.open("wb") as out:
-        np.save(out, vectors)
-    draft.replace(file)
-    return vectors
+    return features

@@ -74,6 +74,8 @@ def _tables(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
         yield _table(report, section)
     if report.slices:
         yield _by_slice(report)
+    if report.heads:
+        yield _of_heads(report)
     elsewhere = published(report.dataset)
     if elsewhere:
         rows = [[m, seen, f"{recall:.4f}", f"{ndcg:.4f}"] for m, seen, recall, ndcg in elsewhere]
@@ -104,6 +106,16 @@ def _by_slice(report: Report) -> tuple[str, list[str], list[list[str]]]:
         found = [part.rows[number].metrics[report.lift_of] for part in report.slices]
         rows.append([row.name, *(_point(interval.value) for interval in found)])
     return f"{_short(report.lift_of)} by slice of all targets", header, rows
+
+
+def _of_heads(report: Report) -> tuple[str, list[str], list[list[str]]]:
+    header = ["", "events", "positive", "AUC", "calibration error"]
+    rows = [
+        [head.name, f"{head.events:,}", f"{head.positive:.1%}", _cell(head.auc),
+         _point(head.calibration_error)]
+        for head in report.heads
+    ]  # fmt: skip
+    return "heads of the whole profile, after events", header, rows
 
 
 def _short(name: str) -> str:

@@ -27,7 +27,7 @@ from stream.evaluation import (
     untrained_text,
     with_text,
 )
-from stream.evaluation_data import item_vectors, recorded
+from stream.evaluation_data import encoded, recorded
 from stream.evaluation_view import as_json, plain
 from stream.settings import Settings
 
@@ -65,7 +65,7 @@ def main() -> None:
     data = recorded(load(given.dataset, given.path), name)
     settings = Settings()
     torch.set_num_threads(settings.model.threads or 1)
-    vectors = item_vectors(data.texts, settings.model, settings.stream.data_dir)
+    vectors = encoded(data.texts, settings.model, settings.stream.data_dir).vectors
     # By the last item everything is told at once, and that is when they are trained.
     schedule = Schedule(0.0 if order_only else _EVERY_MS, given.epochs, given.later_epochs)
     if order_only:

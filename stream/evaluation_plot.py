@@ -1,0 +1,53 @@
+"""A report as a picture: Recall@20 over event time, a line for each scorer, swaps marked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from .errors import UserError
+from .evaluation import Report
+
+# Of the baselines only those that are strongest, or stand for a kind.
+_LINES: Final = (
+    "whole profile, learning", "own + last basket", "item-kNN", "own frequency", "popular",
+    "text: profile, three time scales", "SASRec (sampled softmax)", "GRU4Rec",
+)  # fmt: skip
+
+
+def draw(report: Report, file: Path) -> None:
+    """Write a PNG. Raises UserError without matplotlib, or where `file` cannot be written."""
+    try:
+        from matplotlib import dates
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("plots need matplotlib: install the extra `learn`") from error
+    timeline = report.timeline
+    if timeline is None:
+        raise UserError(f"{report.dataset} was not ranked in event time: there is nothing to draw")
+    figure = Figure(figsize=(10, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    at = np.array(timeline.starts_ms, dtype="datetime64[ms]")
+    for name in _LINES:
+        if name in timeline.recall:
+            wide = 2.5 if name == _LINES[0] else 1.2
+            axes.plot(at, timeline.recall[name], label=name, linewidth=wide)
+    for number, swap_ms in enumerate(timeline.swaps_ms):
+        if swap_ms >= timeline.starts_ms[0]:
+            when: Any = np.datetime64(swap_ms, "ms")
+            label = "swap" if number == len(timeline.swaps_ms) - 1 else None
+            axes.axvline(when, color="0.7", linewidth=0.8, linestyle=":", label=label)
+    axes.set_title(f"{report.dataset}: Recall@20 of what shoppers did next")
+    axes.set_ylim(bottom=0)
+    locator = axes.xaxis.get_major_locator()
+    axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    try:
+        figure.savefig(file, metadata={"Software": "penchant eval"})
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
