@@ -34,6 +34,11 @@ class ProfileCache:
             pop = self._rows.pop
             return [pop(user_id, None) for user_id in user_ids]
 
+    def clear(self) -> None:
+        """Hold nothing."""
+        with self._lock:
+            self._rows.clear()
+
     def put(self, rows: Iterable[tuple[str, Row]]) -> None:
         """Hold what was saved of users that were taken out before."""
         with self._lock:

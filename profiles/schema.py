@@ -60,6 +60,51 @@ CATEGORY_ENTRY: Final = np.dtype(
     ]
 )
 
+# Fields of an item's neighbours; their fence is laid out as a profile's.
+TALLY: Final = "tally"  # binary: the header below
+NEAR: Final = "near"  # binary: neighbour entries, ordered by item
+
+# What is known of an item beside its neighbours: 32 bytes.
+TALLY_HEADER: Final = np.dtype(
+    [
+        ("version", "<u2"),  # schema version
+        ("near_n", "<u2"),  # neighbour entries
+        ("reserved", "<u4"),  # 0
+        ("updated_ms", "<i8"),  # latest event time; all weights are decayed to it
+        ("half_life_s", "<f4"),  # of all weights
+        ("count", "<f4"),  # events with the item, decayed
+        ("other", "<f4"),  # weight of the neighbours that left the tally
+        ("spare", "<f4"),  # 0
+    ]
+)
+
+# One neighbour of an item: 12 bytes.
+NEAR_ENTRY: Final = np.dtype(
+    [
+        ("item", "<u8"),  # key of the neighbour
+        ("weight", "<f4"),  # sum of pair weights, decayed
+    ]
+)
+
+# A record of the pairs topic: this header, then entries of one origin in offset order, all of
+# items of the record's partition (item key modulo partitions).
+PAIRS_VERSION: Final = 1
+PAIRS_HEADER: Final = np.dtype(
+    [
+        ("version", "<u8"),  # PAIRS_VERSION
+        ("origin", "<u8"),  # key of the partition that the events were read from, and a lane
+    ]
+)
+PAIR_ENTRY: Final = np.dtype(
+    [
+        ("item", "<u8"),  # key of the item whose neighbours are meant
+        ("neighbour", "<u8"),  # key of its neighbour; 0: an event with the item itself
+        ("offset", "<i8"),  # of the event behind it, in its origin
+        ("t_ms", "<i8"),  # time of that event
+        ("weight", "<f4"),  # what it adds
+    ]
+)
+
 # The fence: 24 bytes, then 16 per source partition.
 FENCE_HEADER: Final = np.dtype(
     [
@@ -186,6 +231,16 @@ class Keys:
         WAITING_TTL_S."""
         return f"{self.namespace}:waiting:{item:016x}"
 
+    def neighbours(self, item: int) -> str:
+        """Hash of what shoppers did next to an item: fields tally, near, fence. Expires after
+        PROFILE_TTL_DAYS without an event."""
+        return f"{self.namespace}:neighbours:{item:016x}"
+
+    def ranker(self, space: str) -> str:
+        """Hash of the ranker of the release that serves a space, one field per array of weights
+        (float32); without it readers use the weights set by hand."""
+        return f"{self.namespace}:ranker:{space}"
+
     def vectors(self, space: str, item: int) -> str:
         """One of 256 hashes item id -> text version (8 bytes), then the float32 vector, of one
         space (bucket = item key & 255)."""
@@ -246,6 +301,32 @@ for i = 1, #KEYS do
   local stored = redis.call('HGET', key, 'fence') or ''
   if stored == ARGV[at] then
     redis.call('HSET', key, 'fence', ARGV[at + 1], 'state', ARGV[at + 2], 'glance', ARGV[at + 3])
+    if ARGV[at + 4] ~= '0' then redis.call('EXPIREAT', key, ARGV[at + 4]) end
+  elseif stored ~= ARGV[at + 1] then
+    refused[#refused + 1] = i
+  end
+end
+return refused
+"""
+
+# KEYS: neighbours keys. No ARGV. Reply: tally, near, fence, tally, near, fence, …
+LOAD_NEIGHBOURS_SCRIPT: Final = """
+local out = {}
+for i = 1, #KEYS do
+  local got = redis.call('HMGET', KEYS[i], 'tally', 'near', 'fence')
+  for j = 1, 3 do out[3 * i - 3 + j] = got[j] end
+end
+return out
+"""
+
+# As SAVE_SCRIPT, for neighbours keys: fence before, new fence, tally, near, expiry.
+SAVE_NEIGHBOURS_SCRIPT: Final = """
+local refused = {}
+for i = 1, #KEYS do
+  local key, at = KEYS[i], 5 * i - 4
+  local stored = redis.call('HGET', key, 'fence') or ''
+  if stored == ARGV[at] then
+    redis.call('HSET', key, 'fence', ARGV[at + 1], 'tally', ARGV[at + 2], 'near', ARGV[at + 3])
     if ARGV[at + 4] ~= '0' then redis.call('EXPIREAT', key, ARGV[at + 4]) end
   elseif stored ~= ARGV[at + 1] then
     refused[#refused + 1] = i

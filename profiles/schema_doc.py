@@ -45,6 +45,7 @@ def markdown() -> str:
             *_profile_hash(),
             *_state(),
             *_fence(),
+            *_neighbours(),
             *_numbers(),
             *_access(),
             *_scripts(),
@@ -58,6 +59,8 @@ def _keys() -> list[str]:
         ("profile", _EXAMPLE.profile("USER")),
         ("item", "penchant:item:ITEM"),
         ("waiting", "penchant:waiting:ITEM"),
+        ("neighbours", "penchant:neighbours:ITEM"),
+        ("ranker", _EXAMPLE.ranker("SPACE")),
         ("vectors", "penchant:vectors:SPACE:BUCKET"),
         ("index", _EXAMPLE.index("SPACE")),
         ("categories", _EXAMPLE.categories()),
@@ -148,6 +151,32 @@ def _fence() -> list[str]:
     ]
 
 
+def _neighbours() -> list[str]:
+    return [
+        "## The neighbours hash of an item",
+        "",
+        f"The `{schema.TALLY}` field:",
+        "",
+        *_table(schema.TALLY_HEADER, "TALLY_HEADER"),
+        "",
+        f"The `{schema.NEAR}` field holds the neighbours, ordered by `item`:",
+        "",
+        *_table(schema.NEAR_ENTRY, "NEAR_ENTRY"),
+        "",
+        f"The `{schema.FENCE}` field is laid out as a profile's; the sources of its watermark are "
+        "origins: the key of the partition that an event was read from, with the lane of its "
+        "shopper (CRC-32 of the user id, modulo 2) in the lowest bit. `profiles/neighbours.py` "
+        "says what the weights are.",
+        "",
+        "A record of the topic `penchant.pairs` is a header, then entries:",
+        "",
+        *_table(schema.PAIRS_HEADER, "PAIRS_HEADER"),
+        "",
+        *_table(schema.PAIR_ENTRY, "PAIR_ENTRY"),
+        "",
+    ]
+
+
 def _numbers() -> list[str]:
     codes = ", ".join(f"{code} {name}" for name, code in schema.TYPE_CODE.items())
     return [
@@ -212,6 +241,8 @@ def _scripts() -> list[str]:
     for name in (
         "LOAD_SCRIPT",
         "SAVE_SCRIPT",
+        "LOAD_NEIGHBOURS_SCRIPT",
+        "SAVE_NEIGHBOURS_SCRIPT",
         "PUT_ITEM_SCRIPT",
         "PUT_VECTORS_SCRIPT",
         "AWAITED_SCRIPT",

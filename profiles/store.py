@@ -10,7 +10,6 @@ It does not know events, topics or encoders.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 from . import arithmetic, schema
 from .arithmetic import Layout, Profiles
 from .cache import ProfileCache
-from .connection import address, redis_errors
+from .connection import address
 from .errors import LayoutMismatch, SchemaTooNew, StateCorrupt
+from .scripts import run_script
 
 if TYPE_CHECKING:
     import redis
@@ -68,6 +68,10 @@ class ProfileStore:
         for i, row in zip(missing, arithmetic.pack(fetched), strict=True):
             rows[i] = row
         return arithmetic.join([row for row in rows if row is not None], self._layout)
+
+    def forget_cached(self) -> None:
+        """Load every profile from Redis the next time: others may have written meanwhile."""
+        self._cache.clear()
 
     def _fetch(self, user_ids: Sequence[str]) -> Profiles:
         keys = [self._keys.profile(user_id) for user_id in user_ids]
@@ -135,20 +139,4 @@ class ProfileStore:
 
     def _run(self, script: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[list[Any]]:
         """One EVALSHA per call, in one round trip."""
-        if not calls:
-            return []
-        from redis.exceptions import NoScriptError
-
-        sha = hashlib.sha1(script.encode()).hexdigest()  # the name EVALSHA asks for
-        with redis_errors(self._where):
-            for attempt in range(2):
-                pipe = self._client.pipeline(transaction=False)
-                for keys, args in calls:
-                    pipe.evalsha(sha, len(keys), *keys, *args)
-                try:
-                    return list(pipe.execute())
-                except NoScriptError:  # a new or restarted server: both scripts may run twice
-                    if attempt:
-                        raise
-                    self._client.script_load(script)
-        raise AssertionError("unreachable")
+        return run_script(self._client, script, calls, self._where)
