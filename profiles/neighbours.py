@@ -41,7 +41,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from . import schema
 from .arithmetic import EventColumns, Floats, Ints, Keys64, read_fence
@@ -75,7 +75,7 @@ def lane_of(user_id: str) -> int:
     return zlib.crc32(user_id.encode()) % LANES
 
 
-def origins(sources: Sequence[int], lanes: Sequence[int]) -> Keys64:
+def origins(sources: ArrayLike, lanes: ArrayLike) -> Keys64:
     """(m,) the origins of events: the source with the lane in its lowest bit."""
     lowest = np.uint64(LANES - 1)
     found: Keys64 = np.asarray(sources, np.uint64) & ~lowest | np.asarray(lanes, np.uint64)

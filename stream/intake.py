@@ -121,11 +121,13 @@ class Intake(Service):  # type: ignore[misc]
         deliver: Callable[[MicroBatch], Any],
         on_failure: Callable[[BaseException], None],
         group: str = "updater",
+        gauges: metrics.IntakeGauges = metrics.INTAKE_GAUGES,
     ) -> None:
         """`deliver` is awaited in the event loop with each micro-batch; `on_failure` is called
         there once if the consumer dies. `group`: the consumer group, without its namespace."""
         super().__init__()
         self._group = group
+        self._gauges = gauges
         self._settings = settings
         self._topics = list(topics)
         self._deliver = deliver
@@ -437,7 +439,7 @@ class Intake(Service):  # type: ignore[misc]
             self._epoch += 1
             for p in partitions:
                 self._epochs[(p.topic, p.partition)] = self._epoch
-            metrics.PARTITIONS.set(len(self._epochs))
+            self._gauges.partitions.set(len(self._epochs))
         log.info("assigned %s", _names(partitions))
 
     def _revoked(self, consumer: kafka.Consumer, partitions: list[Any]) -> None:
@@ -462,7 +464,7 @@ class Intake(Service):  # type: ignore[misc]
                 self._epochs.pop(partition, None)
                 self._next_offset.pop(partition, None)
                 self._jumped_from.pop(partition, None)
-            metrics.PARTITIONS.set(len(self._epochs))
+            self._gauges.partitions.set(len(self._epochs))
 
     def _starting_points(self, consumer: kafka.Consumer, partitions: list[Any]) -> list[Any]:
         """The partitions with the offsets to start at. The topics' ids are learned anew: a topic
@@ -547,7 +549,7 @@ class Intake(Service):  # type: ignore[misc]
             _, high = consumer.get_watermark_offsets(p, cached=True)
             if p.offset >= 0 and high >= 0:
                 lag += max(0, high - p.offset)
-        metrics.LAG.set(lag)
+        self._gauges.lag.set(lag)
 
 
 def _check(error: kafka.KafkaError) -> None:

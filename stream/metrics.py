@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 
@@ -76,6 +77,22 @@ REDIS_RETRIES: Final = Counter(
     "penchant_redis_retries", "Micro-batches tried again because Redis failed", registry=REGISTRY
 )
 
+PAIRS_SENT: Final = Counter(
+    "penchant_pairs_sent", "Pairs of items sent to the pairs topic", registry=REGISTRY
+)
+PAIRS_APPLIED: Final = Counter(
+    "penchant_pairs_applied", "Pairs that changed an item's neighbours", registry=REGISTRY
+)
+PAIRS_REPLAYED: Final = Counter(
+    "penchant_pairs_replayed",
+    "Copies of pairs that counted before. Bursts follow restarts and rebalances",
+    registry=REGISTRY,
+)
+PAIRS_UNREADABLE: Final = Counter(
+    "penchant_pairs_unreadable",
+    "Records of the pairs topic of no known version, left out. Any: upgrade this worker",
+    registry=REGISTRY,
+)
 PROFILES_MIGRATED: Final = Counter(
     "penchant_profiles_migrated",
     "Profiles moved to another embedding space, on touch or by the sweeper",
@@ -95,6 +112,26 @@ LAG: Final = Gauge(
     "penchant_lag_records", "Records behind the end of the assigned partitions", registry=REGISTRY
 )
 PARTITIONS: Final = Gauge("penchant_partitions_assigned", "Partitions", registry=REGISTRY)
+
+
+@dataclass(frozen=True)
+class IntakeGauges:
+    """What one consumer shows."""
+
+    partitions: Gauge
+    lag: Gauge
+
+
+INTAKE_GAUGES: Final = IntakeGauges(PARTITIONS, LAG)
+PAIRS_GAUGES: Final = IntakeGauges(
+    Gauge("penchant_pairs_partitions_assigned", "Partitions of the pairs topic", registry=REGISTRY),
+    Gauge(
+        "penchant_pairs_lag_records",
+        "Records behind the end of the assigned partitions of the pairs topic. Rising: neighbours "
+        "grow stale, add workers or turn LEARN_NEIGHBOURS off",
+        registry=REGISTRY,
+    ),
+)
 ITEM_HITS: Final = Counter(
     "penchant_item_cache_hits", "Item vectors found in memory", registry=REGISTRY
 )

@@ -183,14 +183,15 @@ class EventProducer:
         value: bytes | None,
         headers: Headers | None = None,
         timestamp_ms: int = 0,
+        partition: int = -1,
     ) -> None:
         """Buffer a record as it is for `{namespace}.{topic}`; no timestamp: now. Raises as `send`.
 
-        A null key goes to a random partition.
+        It goes to `partition`, or where its key belongs; a null key to a random one.
         """
         name = self._prefix + topic
         record = RawRecord(name, key, value, tuple(headers or ()))
-        self._send(name, key, value, record, headers, timestamp_ms)
+        self._send(name, key, value, record, headers, timestamp_ms, partition)
 
     def flush(self, timeout_s: float = 30.0) -> None:
         """Wait until everything sent is in the topic.
@@ -231,6 +232,7 @@ class EventProducer:
         sent: Sent,
         headers: Headers | None = None,
         timestamp_ms: int = 0,
+        partition: int = -1,
     ) -> None:
         self._raise_failures()
         report = partial(self._on_failure, sent)
@@ -240,6 +242,7 @@ class EventProducer:
                     topic,
                     value,
                     key,
+                    partition,
                     on_delivery=report,
                     timestamp=timestamp_ms,
                     headers=list(headers) if headers else None,

@@ -181,6 +181,8 @@ class LearnSettings(_Group):
     """The horizon of the label "purchase"."""
     return_days: Annotated[float, Field(gt=0)] = 30.0
     """The horizon of the label "returns"."""
+    neighbours: bool = False
+    """Keep items' neighbours: what shoppers did next to each, with every event."""
     seed: int = 0
 
 

@@ -77,6 +77,8 @@ def planned_topics(settings: Settings) -> list[TopicPlan]:
             "max.message.bytes": str(DEAD_LETTER_MAX_BYTES),
         },
     }
+    if settings.learn.neighbours:
+        plans["pairs"] = deleting
     if settings.stream.repartition:
         # The forwarder passes the arrival time on, so this one keeps the time it is given.
         plans["events-by-user"] = deleting | {"message.timestamp.type": "CreateTime"}

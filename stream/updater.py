@@ -25,6 +25,7 @@ import numpy as np
 from profiles import arithmetic
 from profiles.arithmetic import EventColumns, Folded, Layout, Profiles
 from profiles.items import ItemStore, Origin
+from profiles.neighbours import LANES, lane_of
 from profiles.schema import ItemRecord
 from profiles.store import ProfileStore
 
@@ -37,6 +38,7 @@ from .errors import UserError
 from .forwarding import Forwarder, origin_of
 from .intake import MicroBatch, Slice
 from .migration import Migrator
+from .neighbours import Fold, PairSender, Place
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,8 @@ log = logging.getLogger(__name__)
 _SAVE_ROUNDS: Final = 20
 _REFRESH_EVERY_S: Final = 1.0
 # The users of a large micro-batch are folded and saved in parts at the same time: Redis works on
-# one while Python works on another.
-_LANES: Final = 2
+# one while Python works on another. A part is a lane: pairs are counted once by their order in it.
+_LANES: Final = LANES
 _LANE_USERS: Final = 256
 # Records parsed and taken apart at a time: their events, a kilobyte each, must not leave the
 # processor's cache in between (6.3 us per event, against 9.7 with a whole micro-batch).
@@ -63,6 +65,8 @@ class TakenApart:
     offsets: list[int]
     items: list[tuple[list[ItemRecord], Origin]]  # per slice of the items topic
     oldest_ms: int  # record timestamp, for freshness
+    forwarded: dict[Place, Place]  # source and offset that count -> where it was read
+    epoch: int  # of the newest assignment that it was read under
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,20 @@ class Prepared:
     arrived_items: list[int]  # item keys whose text came in this batch
     oldest_ms: int
     catalogue: Catalogue  # whose vectors these are
+    forwarded: dict[Place, Place]  # see TakenApart
+    epoch: int
+
+
+@dataclass(frozen=True)
+class _Round:
+    """n users of one space, folded and not yet saved."""
+
+    users: list[str]  # n
+    positions: list[int]  # n, among the users of the events
+    profiles: Profiles
+    touched: list[int]  # rows to save
+    moved: set[int]  # rows that came from another space
+    fold: Fold | None
 
 
 class Updater:
@@ -91,9 +109,11 @@ class Updater:
         layout: Layout,
         weights: Mapping[str, float],
         forwarder: Forwarder | None = None,
+        pairs: PairSender | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`forwarder` is set where events are sent on to their user's partition."""
+        """`forwarder` is set where events are sent on to their user's partition, `pairs` where
+        items' neighbours are kept."""
         self._settings = settings
         self._profiles = profiles
         self._items = items
@@ -101,6 +121,8 @@ class Updater:
         self._layout = layout
         self._weights = weights
         self._forwarder = forwarder
+        self._pairs = pairs
+        self._epoch = -1
         self._clock = clock
         self._migrator = migrator
         self._catalogue = catalogue
@@ -138,6 +160,7 @@ class Updater:
             columns = Columns()
             sources: list[int] = []
             offsets: list[int] = []
+            read: dict[Place, Place] = {}
             for piece in batch.slices:
                 if piece.topic == self._items_topic:
                     items.append(self._take_items(piece))
@@ -149,6 +172,10 @@ class Updater:
                     part_sources, part_offsets = origin_of(part, index, forwarded)
                     sources += part_sources
                     offsets += part_offsets
+                    if forwarded:
+                        places = zip(part_sources, part_offsets, strict=True)
+                        for i, place in zip(index, places, strict=True):
+                            read.setdefault(place, (part.source, part.offsets[i]))
             self._dead_letters.flush()
             if self._forwarder is not None:
                 self._forwarder.flush()
@@ -158,6 +185,8 @@ class Updater:
                 offsets,
                 items,
                 min((min(s.timestamps_ms) for s in batch.slices), default=0),
+                read,
+                max((s.epoch for s in batch.slices), default=-1),
             )
 
     def _take_events(self, piece: Slice) -> tuple[list[ev.Event], list[int]]:
@@ -207,7 +236,15 @@ class Updater:
                 arrived += catalogue.upsert(records, origin)
             events, told = self._with_vectors(taken, catalogue)
             users = list(taken.columns.users)
-            return Prepared(users, events, arrived + told, taken.oldest_ms, catalogue)
+            return Prepared(
+                users,
+                events,
+                arrived + told,
+                taken.oldest_ms,
+                catalogue,
+                taken.forwarded,
+                taken.epoch,
+            )
 
     def _with_vectors(
         self, batch: TakenApart, catalogue: Catalogue
@@ -261,79 +298,100 @@ class Updater:
     def apply(self, prepared: Prepared) -> None:
         """Fold and save. Raises RedisUnavailable and what the profiles' state may raise."""
         with metrics.STAGE_S.labels("apply").time():
-            events, catalogue = prepared.events, prepared.catalogue
-            self._in_lanes(prepared.users, catalogue, events)
+            catalogue = prepared.catalogue
+            if self._pairs is not None and prepared.epoch > self._epoch:
+                # Partitions came: between two turns at one, somebody else may have folded its
+                # shoppers further, and pairs are sent before a save would find that out.
+                self._profiles.forget_cached()
+                self._epoch = prepared.epoch
+            self._in_lanes(prepared)
             for item in prepared.arrived_items:
                 self._items.resolve_waiting(item, lambda users: self._resolve(users, catalogue))
         if prepared.oldest_ms:
             metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
 
-    def _in_lanes(self, users: Sequence[str], catalogue: Catalogue, events: EventColumns) -> None:
+    def _in_lanes(self, prepared: Prepared) -> None:
         """All rounds, for parts of the users at the same time."""
+        users, catalogue, events = prepared.users, prepared.catalogue, prepared.events
         if len(users) < _LANES * _LANE_USERS:
-            self._rounds(users, catalogue, events)
+            self._rounds(users, catalogue, events, prepared.forwarded)
             return
+        lane_rows: list[list[int]] = [[] for _ in range(_LANES)]
+        for row, user in enumerate(users):
+            lane_rows[lane_of(user)].append(row)
 
-        def run(lane: int) -> None:
-            rows = range(lane, len(users), _LANES)
-            self._rounds([users[row] for row in rows], catalogue, _of_users(events, rows))
+        def run(rows: list[int]) -> None:
+            ids, mine = [users[row] for row in rows], _of_users(events, rows)
+            self._rounds(ids, catalogue, mine, prepared.forwarded)
 
-        lanes = [self._lanes.submit(run, lane) for lane in range(_LANES)]
+        lanes = [self._lanes.submit(run, rows) for rows in lane_rows if rows]
         wait(lanes)  # all, even where one failed: nothing may be at work when this returns
         for lane in lanes:
             lane.result()
 
     def _rounds(
-        self, users: Sequence[str], catalogue: Catalogue, events: EventColumns | None
+        self,
+        users: Sequence[str],
+        catalogue: Catalogue,
+        events: EventColumns | None,
+        forwarded: Mapping[Place, Place],
     ) -> None:
         """Load, migrate, fold, save; those whose save was refused, again. `events` are of all
         `users`; without them, only what has been waiting is folded."""
         left = list(range(len(users)))
-        for _ in range(_SAVE_ROUNDS):
+        for turn in range(_SAVE_ROUNDS):
             if not left:
                 return
-            refused: list[int] = []
             ids = [users[i] for i in left]
-            for profiles, rows, space, moved in self._migrator.bring(
-                self._profiles.load(ids), catalogue
-            ):
-                part = [left[row] for row in rows]
-                got = self._round(
-                    [users[i] for i in part], profiles, catalogue, events, part, space, moved
+            rounds = [
+                self._fold_round(ids, rows, left, profiles, catalogue, events, space, moved)
+                for profiles, rows, space, moved in self._migrator.bring(
+                    self._profiles.load(ids), catalogue
                 )
-                refused += [part[row] for row in got]
-            left = refused
+            ]
+            if self._pairs is not None and events is not None and turn == 0:
+                # Only once: whoever is refused is folded again, but their pairs are sent.
+                self._pairs.send([each.fold for each in rounds if each.fold], forwarded)
+            left = [position for each in rounds for position in self._save_round(each, catalogue)]
         raise UserError(
             f"another writer kept overtaking this one on {len(left)} users, such as "
             f"{users[left[0]]!r}: does a second updater write this NAMESPACE from other topics?"
         )
 
-    def _round(
+    def _fold_round(
         self,
         ids: Sequence[str],
+        rows: Sequence[int],
+        left: Sequence[int],
         profiles: Profiles,
         catalogue: Catalogue,
         events: EventColumns | None,
-        positions: Sequence[int],
         space: int,
         moved: set[int],
-    ) -> list[int]:
-        """Fold into profiles that all live in `space` or in none yet; the rows refused."""
-        touched = set(moved)
-        folded = None
+    ) -> _Round:
+        """Fold into profiles that all live in `space` or in none yet."""
+        users, positions = [ids[row] for row in rows], [left[row] for row in rows]
+        touched, fold = set(moved), None
         if events is not None:
+            before = list(profiles.window)
             folded, of_these = self._fold(profiles, events, positions, catalogue, space)
             touched |= set(folded.touched)
-        rows = sorted(touched | self._resolve_pending(profiles, catalogue, space))
+            fold = Fold(users, before, profiles, of_these, folded)
+        touched |= self._resolve_pending(profiles, catalogue, space)
+        return _Round(users, positions, profiles, sorted(touched), moved, fold)
+
+    def _save_round(self, done: _Round, catalogue: Catalogue) -> list[int]:
+        """Save what was folded; the positions that were refused."""
+        profiles, rows = done.profiles, done.touched
         names = catalogue.names_of(categories_of(profiles, rows))
-        refused = self._profiles.save(ids, profiles, rows, names, self._clock())
+        refused = self._profiles.save(done.users, profiles, rows, names, self._clock())
         metrics.SAVES.inc(len(rows) - len(refused))
         metrics.SAVES_REFUSED.inc(len(refused))
-        metrics.PROFILES_MIGRATED.labels("touch").inc(len(moved - set(refused)))
-        if folded is not None:
-            self._report(of_these, folded, refused)
-        self._wait_for_items(ids, profiles, catalogue)
-        return refused
+        metrics.PROFILES_MIGRATED.labels("touch").inc(len(done.moved - set(refused)))
+        if done.fold is not None:
+            self._report(done.fold.events, done.fold.folded, refused)
+        self._wait_for_items(done.users, profiles, catalogue)
+        return [done.positions[row] for row in refused]
 
     def _fold(
         self,
@@ -377,7 +435,7 @@ class Updater:
 
     def _resolve(self, users: list[str], catalogue: Catalogue) -> None:
         """Fold what these users' pending events can now contribute."""
-        self._rounds(users, catalogue, None)
+        self._rounds(users, catalogue, None, {})
 
     def _resolve_pending(self, profiles: Profiles, catalogue: Catalogue, space: int) -> set[int]:
         waiting = arithmetic.pending_items(profiles)

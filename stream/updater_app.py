@@ -38,6 +38,7 @@ from .errors import UserError
 from .forwarding import Forwarder
 from .intake import Intake, MicroBatch
 from .migration import Migrator
+from .neighbours import GROUP, NeighbourPart, PairSender, pairs_partitions
 from .settings import Settings
 from .swapping import Swapper, open_space
 from .topics import connect, keeps_arrival_times
@@ -111,6 +112,9 @@ def build_updater(settings: Settings, engine: Engine, partitions: int) -> Update
         layout=layout,
         weights=weights,
         forwarder=Forwarder(settings, partitions) if settings.stream.repartition else None,
+        pairs=(
+            PairSender(settings, pairs_partitions(settings)) if settings.learn.neighbours else None
+        ),
     )
 
 
@@ -257,6 +261,7 @@ class Worker:
         self._swapper = build_swapper(settings, updater)
         self._pipeline = Pipeline(updater, patience, self._failed)
         self.error: BaseException | None = None
+        self._neighbours: NeighbourPart | None = None
         settings.stream.data_dir.mkdir(parents=True, exist_ok=True)
         self.app = UpdaterApp(
             settings.topic("updater"),
@@ -282,6 +287,26 @@ class Worker:
                     self._failed(error)
                     await asyncio.Event().wait()
 
+        if settings.learn.neighbours:
+            self._neighbours = self._with_neighbours(patience)
+
+    def _with_neighbours(self, patience: Patience) -> NeighbourPart:
+        """The second half of the process: from the pairs topic into items' neighbours."""
+        channel = self.app.channel()
+        part = NeighbourPart(self._settings, channel.put, self._failed, patience)
+        self.app.penchant_services += (part.intake,)
+
+        @self.app.agent(channel, name=GROUP)  # type: ignore[untyped-decorator]
+        async def fold(batches: Any) -> None:
+            async for batch in batches:
+                try:
+                    await part.feed(batch)
+                except Exception as error:
+                    self._failed(error)
+                    await asyncio.Event().wait()
+
+        return part
+
     def run(self) -> None:
         """Run until a signal; raises what made it stop otherwise."""
         gc.set_threshold(*_GC_THRESHOLDS)
@@ -302,6 +327,8 @@ class Worker:
             if server is not None:
                 server.stop()
         at_rest = self._pipeline.close(_REST_S)
+        if self._neighbours is not None:
+            self._neighbours.close()
         if self.error is not None:
             raise self.error
         if not at_rest:
@@ -312,6 +339,8 @@ class Worker:
     def live(self) -> tuple[bool, str]:
         """Whether the consumer turns, and what it hands out is finished."""
         stuck = self.intake.stuck(time.monotonic())
+        if self._neighbours is not None:
+            stuck = stuck or self._neighbours.intake.stuck(time.monotonic())
         return not stuck, stuck or "ok"
 
     def ready(self) -> tuple[bool, str]:
@@ -338,6 +367,8 @@ class Worker:
         if self.error is None:
             self.error = error
             self.intake.abort()
+            if self._neighbours is not None:
+                self._neighbours.intake.abort()
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -300,9 +300,11 @@ def ends(settings: Settings, topics: list[str]) -> dict[tuple[str, int], int]:
     return {place: high for place, high in found.items() if high > 0}
 
 
-def committed(settings: Settings, places: list[tuple[str, int]]) -> dict[tuple[str, int], int]:
+def committed(
+    settings: Settings, places: list[tuple[str, int]], group: str = "updater"
+) -> dict[tuple[str, int], int]:
     """What the group has committed; -1001 for nothing."""
-    with _position_reader(settings) as reader:
+    with _position_reader(settings, group) as reader:
         answer = reader.committed([TopicPartition(*place) for place in places], timeout=20)
     return {(p.topic, p.partition): p.offset for p in answer}
 
@@ -312,13 +314,19 @@ def wait_until_folded(settings: Settings, timeout_s: float = PATIENCE_S) -> None
     topics = [settings.topic("events"), settings.topic("items")]
     if settings.stream.repartition:
         topics.append(settings.topic("events-by-user"))
+    _wait_until_done(settings, topics, "updater", timeout_s)
+    if settings.learn.neighbours:  # only now are all pairs sent
+        _wait_until_done(settings, [settings.topic("pairs")], "neighbours", timeout_s)
+
+
+def _wait_until_done(settings: Settings, topics: list[str], group: str, timeout_s: float) -> None:
     behind: dict[tuple[str, int], tuple[int, int]] = {}
 
     def is_folded() -> bool:
         nonlocal behind
         try:
             end = ends(settings, topics)
-            done = committed(settings, list(end))
+            done = committed(settings, list(end), group)
         except KafkaException:  # a broker that is just coming back
             return False
         behind = {p: (done[p], high) for p, high in end.items() if done[p] != high}
@@ -331,8 +339,8 @@ def wait_until_folded(settings: Settings, timeout_s: float = PATIENCE_S) -> None
 
 
 @contextmanager
-def _position_reader(settings: Settings) -> Iterator[Any]:
-    config = {"group.id": settings.topic("updater"), "log_level": 0}
+def _position_reader(settings: Settings, group: str = "updater") -> Iterator[Any]:
+    config = {"group.id": settings.topic(group), "log_level": 0}
     reader = Consumer(settings.kafka.client_config() | config)
     try:
         yield reader
