@@ -33,6 +33,7 @@ somebody did in the very micro-batch in which they asked to be forgotten leaves 
 
 from __future__ import annotations
 
+import struct
 import zlib
 from bisect import insort
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,7 @@ _NEAR_SHARE: Final = 0.3
 _HEADER: Final = schema.TALLY_HEADER.itemsize
 _NEAR: Final = schema.NEAR_ENTRY.itemsize
 _WINDOW: Final = schema.WINDOW_ENTRY.itemsize
+_ENTRY: Final = struct.Struct("<qQfBBH")  # WINDOW_ENTRY
 _PAIRS_HEADER: Final = schema.PAIRS_HEADER.itemsize
 _PAIR: Final = schema.PAIR_ENTRY.itemsize
 # A record stays far below the 1 MB that brokers take.
@@ -116,16 +118,18 @@ def arisen(
     tail_n = np.fromiter(map(len, tails), np.int64, len(tails)) // _WINDOW
     old: NDArray[Any] = np.frombuffer(b"".join(tails), schema.WINDOW_ENTRY)
     late = _late(old, tail_n, row, t_ms, starts)
-    earlier, event, d = _in_order(
-        old, np.repeat(~late, tail_n), tail_n, events, weighty, np.repeat(~late, counts), reach
-    )
-    for u in np.flatnonzero(late).tolist():
-        mine = weighty[starts[u] : starts[u] + counts[u]]
-        more = _out_of_order(tails[u], events, mine, reach)
-        earlier, event, d = (
-            np.concatenate([a, np.asarray(b, a.dtype)])
-            for a, b in zip((earlier, event, d), more, strict=True)
+    found = [
+        _in_order(
+            old, np.repeat(~late, tail_n), tail_n, events, weighty, np.repeat(~late, counts), reach
         )
+    ]
+    if late.any():
+        mine = [weighty[starts[u] : starts[u] + counts[u]] for u in np.flatnonzero(late).tolist()]
+        ends = [tails[u] for u in np.flatnonzero(late).tolist()]
+        found.append(_out_of_order(ends, events, mine, reach))
+    earlier = np.concatenate([part[0] for part in found])
+    event = np.concatenate([part[1] for part in found])
+    d = np.concatenate([part[2] for part in found])
     own = weighty[_counts(events.item[weighty], events.weight[weighty])]
     return _entries(events, earlier, event, d, own)
 
@@ -181,34 +185,47 @@ def _in_order(
 
 
 def _out_of_order(
-    tail: bytes, events: EventColumns, mine: Ints, reach: int
-) -> tuple[list[int], list[int], list[int]]:
-    """The same for one user, event by event: what an event meets is the end of the window as it
-    was then, in the order that `arithmetic` keeps it in."""
-    entries = np.frombuffer(tail, schema.WINDOW_ENTRY)
-    names = ("t_ms", "item", "weight", "type", "flags")
-    end = list(zip(*(entries[name].tolist() for name in names), strict=True))
-    news = zip(
-        events.t_ms[mine].tolist(),
-        events.item[mine].tolist(),
-        events.weight[mine].tolist(),
-        events.type[mine].tolist(),
-        np.where(events.text[mine], schema.FLAG_TEXT, 0).tolist(),
-        strict=True,
+    tails: Sequence[bytes], events: EventColumns, mine: Sequence[Ints], reach: int
+) -> tuple[Keys64, Ints, Ints]:
+    """The same for users whose events do not, event by event: what an event meets is the end of
+    the window as it was then, in the order that `arithmetic` keeps it in."""
+    index = np.concatenate(mine)
+    news = list(
+        zip(
+            events.t_ms[index].tolist(),
+            events.item[index].tolist(),
+            events.weight[index].tolist(),
+            events.type[index].tolist(),
+            np.where(events.text[index], schema.FLAG_TEXT, 0).tolist(),
+            strict=True,
+        )
     )
     earlier: list[int] = []
-    event: list[int] = []
+    met: list[int] = []  # per event, how many
     distance: list[int] = []
-    for i, new in zip(mine.tolist(), news, strict=True):
-        if new[1] and new[2] > 0:
-            for d, (_, item, weight, *_rest) in enumerate(reversed(end), 1):
-                if item and weight > 0:
-                    earlier.append(item)
-                    event.append(i)
-                    distance.append(d)
-        insort(end, new)
-        del end[:-reach]
-    return earlier, event, distance
+    begin = 0
+    for tail, own in zip(tails, mine, strict=True):
+        end = [entry[:5] for entry in _ENTRY.iter_unpack(tail)]
+        for new in news[begin : begin + len(own)]:
+            before = len(earlier)
+            if new[1] and new[2] > 0:
+                for d, entry in enumerate(reversed(end), 1):
+                    if entry[1] and entry[2] > 0:
+                        earlier.append(entry[1])
+                        distance.append(d)
+            met.append(len(earlier) - before)
+            if end and new <= end[-1]:
+                insort(end, new)
+            else:
+                end.append(new)
+            if len(end) > reach:
+                del end[0]
+        begin += len(own)
+    return (
+        np.array(earlier, np.uint64),
+        np.repeat(index, met),
+        np.array(distance, np.int64),
+    )
 
 
 def _entries(
