@@ -13,8 +13,7 @@ worth 2 to 3 % of Recall@20 over a count since the beginning, in a shop of seaso
 To rank what is new to a shopper, train on cases without what she had; a ranker trained on
 everything is 10 % worse at that.
 
-`score` needs numpy alone, and the weights are a handful of plain arrays; torch is only
-imported to train them.
+The weights are a handful of plain arrays; torch is only imported to train them.
 """
 
 from __future__ import annotations
@@ -94,29 +93,17 @@ def first_weights() -> Weights:
     }
 
 
-def score(weights: Weights, signals: Floats, item_log_events: Floats, shopper: Floats) -> Floats:
-    """Scores (..., C) of C items from signals (..., C, 4), counts (..., C), shopper (..., 3).
-
-    numpy alone; any leading axes. Counts of nothing are 0, cosines of nothing are 0.
-    """
-    known = item_log_events - _USUAL_LOG  # (..., C)
-    gate = (shopper @ weights["gate_shopper"].T + weights["gate"])[..., None, :]  # (..., 1, 4)
-    gate = np.logaddexp(0.0, gate + known[..., None] * weights["gate_item"])
-    shaped = signals * np.float32(_COSINE_SCALE)
-    shaped[..., _COUNTS[0] :] = np.log1p(signals[..., _COUNTS[0] :] * np.exp(weights["knee"]))
-    total = np.einsum("...k,...k->...", gate, shaped)
-    total += weights["item"][0] * known
-    total += weights["own_seen"][0] * (signals[..., _COUNTS[1]] > 0)
-    return np.asarray(total, dtype=np.float32)
-
-
 def score_torch(
     weights: Mapping[str, torch.Tensor],
     signals: torch.Tensor,
     item_log_events: torch.Tensor,
     shopper: torch.Tensor,
 ) -> torch.Tensor:
-    """The same as `score`, with gradients."""
+    """Scores (..., C) of C items from signals (..., C, 4), counts (..., C), shopper (..., 3).
+
+    Any leading axes. Counts of nothing are 0, cosines of nothing are 0. Readers compute the same
+    in numpy (`profiles/ranking.py`), so that they need no torch.
+    """
     import torch
     from torch.nn.functional import softplus
 

@@ -15,6 +15,7 @@ from .errors import (
     StateCorrupt,
 )
 from .reader import AsyncProfileReader, Interest, NearestItem, ProfileReader
+from .recommend import Recommendation
 
 __all__ = [
     "AsyncProfileReader",
@@ -26,6 +27,7 @@ __all__ = [
     "ProfileNotFound",
     "ProfileReader",
     "ProfilesError",
+    "Recommendation",
     "RedisUnavailable",
     "SchemaTooNew",
     "SpaceMismatch",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
-from . import schema
+from . import ranking, schema
 from .arithmetic import Floats
 from .connection import address, knows_command, redis_errors
 from .schema import ItemRecord, read_record
@@ -185,7 +185,7 @@ class ItemStore:
             pipe = self._client.pipeline(transaction=False)
             for bucket in range(BUCKETS):
                 pipe.unlink(self._keys.vectors_bucket(space, bucket))
-            pipe.unlink(self._keys.index(space))
+            pipe.unlink(self._keys.index(space), self._keys.ranker(space))
             pipe.execute()
 
     def drop_vectors(self, space: str, item_ids: Iterable[str]) -> None:
@@ -219,6 +219,16 @@ class ItemStore:
         with redis_errors(self._where):
             raw = cast(bytes | None, self._client.get(self._keys.current_space()))
         return raw.decode() if raw else ""
+
+    def put_ranker(self, space: str, weights: ranking.Weights | None) -> None:
+        """Give readers of a space the ranker to use; None: the weights by hand."""
+        key = self._keys.ranker(space)
+        with redis_errors(self._where):
+            if weights is None:
+                self._client.unlink(key)
+            else:
+                fields: dict[Any, Any] = dict(ranking.to_fields(weights))
+                self._client.hset(key, mapping=fields)
 
     # categories
 

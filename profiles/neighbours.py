@@ -69,7 +69,7 @@ class TallyLayout:
     """What the neighbours of an item keep."""
 
     most: int = 128
-    half_life_s: float = 90 * 86_400.0
+    half_life_s: float = 2_592_000.0  # the longest of a profile
 
 
 def lane_of(user_id: str) -> int:

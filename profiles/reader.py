@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from . import arithmetic, schema
+from . import arithmetic, recommend, schema
 from .arithmetic import Floats, Profile
 from .connection import Connection, address, knows_command, redis_errors
 from .errors import ProfileNotFound, SpaceMismatch
 from .items import BUCKETS
+from .recommend import Recommendation
 from .schema import ItemRecord, read_record
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _piped(pipeline: Any, commands: Sequence[Command]) -> Any:
 # --- the plans -----------------------------------------------------------------------------
 
 
-class _Plans:
+class Plans:
     """What can be asked of one namespace."""
 
     def __init__(
@@ -253,6 +254,14 @@ class _Plans:
         return (yield from self._items_near(query, profile.space, k))
 
     def _items_near(self, vector: Floats, space: str, k: int) -> Plan[list[NearestItem]]:
+        pairs = yield from self._nearest_pairs(vector, space, k)
+        records = yield [
+            ("HGET", self._keys.item(schema.key64(item_id)), "record") for item_id, _ in pairs
+        ]
+        return _described(pairs, records)
+
+    def _nearest_pairs(self, vector: Floats, space: str, k: int) -> Plan[list[tuple[str, float]]]:
+        """(item id, cosine), nearest first. Raises SpaceMismatch where the space is empty."""
         if (yield from self._vector_sets()):
             (reply,) = yield [_vsim(self._keys, space, vector, k)]
             pairs = _vsim_pairs(reply)
@@ -261,10 +270,10 @@ class _Plans:
             pairs = matrix.nearest(vector, k)
         if not pairs:
             raise _no_items(space)
-        records = yield [
-            ("HGET", self._keys.item(schema.key64(item_id)), "record") for item_id, _ in pairs
-        ]
-        return _described(pairs, records)
+        return pairs
+
+    def _recommend(self, user_id: str, k: int, exclude_seen: bool) -> Plan[list[Recommendation]]:
+        return recommend.plan(self, user_id, k, exclude_seen)
 
     def _items(self, profile: Profile) -> Plan[dict[int, ItemRecord]]:
         wanted = list(dict.fromkeys(item for item in profile.window["item"].tolist() if item))
@@ -320,7 +329,7 @@ class _Plans:
 # --- the readers ---------------------------------------------------------------------------
 
 
-class ProfileReader(_Plans):
+class ProfileReader(Plans):
     """Blocking reader of one namespace; safe to share between threads."""
 
     def __init__(
@@ -381,6 +390,17 @@ class ProfileReader(_Plans):
         SpaceMismatch where no items of that space are stored, RedisUnavailable."""
         return self._answer(self._items_near(vector, space, k))
 
+    def recommend(
+        self, user_id: str, k: int = 10, *, exclude_seen: bool = False
+    ) -> list[Recommendation]:
+        """What to show next, best first: what others did next to the shopper's latest items, their
+        own items (unless `exclude_seen`) and the items nearest to their interests, ranked by the
+        live release's ranker. Neighbours need LEARN_NEIGHBOURS; without them the rest is ranked.
+
+        Profile, items and ranker are of one space. Raises as `nearest_items`.
+        """
+        return self._answer(self._recommend(user_id, k, exclude_seen))
+
     def items(self, profile: Profile) -> dict[int, ItemRecord]:
         """item key -> record of the items in a profile's window."""
         return self._answer(self._items(profile))
@@ -413,7 +433,7 @@ class ProfileReader(_Plans):
             return answer
 
 
-class AsyncProfileReader(_Plans):
+class AsyncProfileReader(Plans):
     """Reader for asyncio programs; use it in one event loop. Its methods answer what those of
     ProfileReader do, and raise the same."""
 
@@ -467,6 +487,12 @@ class AsyncProfileReader(_Plans):
     async def items_near(self, vector: Floats, space: str, k: int = 10) -> list[NearestItem]:
         """See ProfileReader.items_near."""
         return await self._answer(self._items_near(vector, space, k))
+
+    async def recommend(
+        self, user_id: str, k: int = 10, *, exclude_seen: bool = False
+    ) -> list[Recommendation]:
+        """See ProfileReader.recommend."""
+        return await self._answer(self._recommend(user_id, k, exclude_seen))
 
     async def items(self, profile: Profile) -> dict[int, ItemRecord]:
         """See ProfileReader.items."""

@@ -565,6 +565,29 @@ def profile_similar(
     console.print(table)
 
 
+@profile_app.command("recommend")
+def profile_recommend(
+    user: Annotated[str, typer.Argument(help="The user id.")],
+    k: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
+    new: Annotated[bool, typer.Option("--new", help="Leave out what they had.")] = False,
+) -> None:
+    """What to show next, and by which signals: neighbours of the latest items, own items, text."""
+    from .profile_view import printable
+
+    with _reader() as reader:
+        found = reader.recommend(user, k, exclude_seen=new)
+    table = Table("item", "title", "score", "neighbours", "own", "text")
+    for item in found:
+        of = item.signals
+        table.add_row(
+            printable(item.item_id),
+            printable(item.title),
+            f"{item.score:.3f}",
+            *(f"{of[name]:.3f}" for name in ("covisitation", "own", "text")),
+        )
+    console.print(table if found else "nothing to recommend: no item that this user liked is known")
+
+
 def _tastes(reader: ProfileReader, profile: Profile) -> str:
     return ", ".join(name for name, mass in reader.top_categories(profile, 3) if mass > 0)
 

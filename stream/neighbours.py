@@ -181,7 +181,7 @@ class NeighbourPart:
             NeighbourStore(
                 settings.redis.connection().open(),
                 Keys(settings.namespace),
-                TallyLayout(),
+                TallyLayout(half_life_s=settings.profile.half_lives_s[-1]),
                 ttl_s=settings.profile.ttl_days * 86_400,
                 writer=secrets.randbits(64),
                 where=settings.redis.url,

@@ -13,7 +13,7 @@ from tests.oracle import FORGET, Event
 
 DISTANCE = 7
 BACKWARD = 0.7
-HALF_LIFE_S = 90 * 86_400.0
+HALF_LIFE_S = 30 * 86_400.0
 
 
 @dataclass

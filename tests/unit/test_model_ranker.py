@@ -16,9 +16,10 @@ from model.ranker import (
     fit,
     load_weights,
     save_weights,
-    score,
     score_torch,
 )
+from profiles import ranking
+from profiles.ranking import score
 
 
 def inputs(n: int, items: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -45,6 +46,17 @@ def test_numpy_and_torch_rank_alike(seed: int) -> None:
     tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
     other = score_torch(tensors, *(torch.from_numpy(each) for each in given_))
     np.testing.assert_allclose(score(weights, *given_), other.numpy(), rtol=2e-4, atol=2e-4)
+
+
+def test_readers_and_trainer_mean_the_same_weights() -> None:
+    by_hand = first_weights()
+    assert {name: array.shape for name, array in by_hand.items()} == ranking.SHAPES
+    for name, array in by_hand.items():
+        np.testing.assert_array_equal(ranking.BY_HAND[name], array)
+    fields = {name.encode(): raw for name, raw in ranking.to_fields(by_hand).items()}
+    for name, array in ranking.from_fields(fields).items():
+        np.testing.assert_array_equal(array, by_hand[name])
+    assert ranking.from_fields({**fields, b"knee": b""}) is ranking.BY_HAND
 
 
 @settings(max_examples=40)

@@ -1,0 +1,158 @@
+"""What is recommended: every signal by its definition, one space, both readers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pytest
+
+from profiles import Connection, ProfileNotFound, ProfileReader, SpaceMismatch, arithmetic, ranking
+from profiles.items import ItemStore, Origin
+from profiles.neighbour_store import NeighbourStore
+from profiles.neighbours import Pairs, TallyLayout, fold
+from profiles.schema import PAIR_ENTRY, ItemRecord, Keys, key64
+from profiles.schema_doc import reader_acl
+from stream.local_stack import RedisServer
+from tests.integration.test_profile_reader import (
+    READERS,
+    SPACE,
+    VECTORS,
+    VERSION,
+    Asked,
+    event,
+    fill,
+    item_id,
+    save,
+)
+from tests.profile_events import NOW_MS, in_topic
+
+pytestmark = pytest.mark.redis
+
+DAY_MS = 86_400_000
+# (item, neighbour, weight); neighbour -1: events with the item itself.
+TALLIES = [(2, 9, 3.0), (2, 11, 1.0), (2, -1, 8.0), (1, 9, 2.0), (1, -1, 3.0), (9, -1, 15.0)]
+
+
+def put_neighbours(url: str, namespace: str) -> None:
+    layout = TallyLayout()
+    entries = np.zeros(len(TALLIES), PAIR_ENTRY)
+    for row, (item, near, weight) in enumerate(TALLIES):
+        neighbour = key64(item_id(near)) if near >= 0 else 0
+        entries[row] = (key64(item_id(item)), neighbour, 1, NOW_MS, weight)
+    items, rows = np.unique(entries["item"], return_inverse=True)
+    pairs = Pairs(entries, np.ones(len(rows), np.uint64), np.zeros(len(rows), np.int64))
+    with closing(Connection(url).open()) as client:
+        store = NeighbourStore(client, Keys(namespace), layout, ttl_s=1_000, writer=1, where=url)
+        tallies = store.load(items.tolist())
+        fold(tallies, rows, pairs, layout)
+        now_s = client.time()[0]
+        assert store.save(items.tolist(), tallies, range(len(items)), now_s) == []
+
+
+@pytest.fixture(scope="module")
+def shop(redis_server: RedisServer, tmp_path_factory: Any) -> tuple[str, str]:
+    url, namespace = redis_server.url, f"test-{tmp_path_factory.mktemp('shop').name}"
+    fill(url, namespace)
+    put_neighbours(url, namespace)
+    return url, namespace
+
+
+@pytest.fixture(params=sorted(READERS))
+def reader(request: pytest.FixtureRequest, shop: tuple[str, str]) -> Iterator[Asked]:
+    with closing(READERS[request.param](*shop)) as asked:
+        yield asked
+
+
+def test_every_signal_is_what_it_is_defined_to_be(reader: Asked) -> None:
+    profile = reader.ask("get", "ann")  # items 0, 1, 0, 2, each at another instant
+    found = {r.item_id: r for r in reader.ask("recommend", "ann", 500)}
+    near = found[item_id(9)]
+    # Item 9 after item 2 (age 0) and item 1 (age 2), by their counts and its own.
+    share = 3.0 / (8 + 1) ** 0.5 + 0.8**2 * 2.0 / (3 + 1) ** 0.5
+    assert near.signals["covisitation"] == pytest.approx(share / (15 + 1) ** 0.3, rel=1e-5)
+    own = {0: 0.9**3 + 0.9, 1: 0.9**2, 2: 1.0}
+    for item in (0, 1, 2, 9):
+        got = found[item_id(item)]
+        assert got.signals["own"] == pytest.approx(own.get(item, 0.0), rel=1e-6)
+        cosine = (arithmetic.unit(profile.sums) @ VECTORS[item]).mean()
+        assert got.signals["text"] == pytest.approx(cosine, abs=1e-5)
+        assert (got.title, got.signals["next_interest"]) == (f"Title {item}", 0.0)
+
+
+def test_the_order_is_that_of_the_ranker(reader: Asked) -> None:
+    profile, found = reader.ask("get", "ann"), reader.ask("recommend", "ann", 500)
+    signals = np.array([list(r.signals.values()) for r in found], np.float32)
+    counts = {item_id(2): 8.0, item_id(1): 3.0, item_id(9): 15.0}
+    events = np.log1p([counts.get(r.item_id, 0.0) for r in found]).astype(np.float32)
+    shopper = np.log1p(np.array([4.0, 3.0, np.expm1(0.25)])).astype(np.float32)
+    assert profile.events == 4
+    want = ranking.score(ranking.BY_HAND, signals, events, shopper)
+    np.testing.assert_allclose([r.score for r in found], want, rtol=1e-4)
+    assert (np.diff(want) <= 1e-5).all()
+    assert [r.item_id for r in reader.ask("recommend", "ann", 3)] == [r.item_id for r in found[:3]]
+
+
+def test_what_was_seen_can_be_left_out(reader: Asked) -> None:
+    seen = {item_id(i) for i in (0, 1, 2)}
+    assert seen <= {r.item_id for r in reader.ask("recommend", "ann", 500)}
+    unseen = reader.ask("recommend", "ann", 500, exclude_seen=True)
+    assert not seen & {r.item_id for r in unseen}
+    assert item_id(9) in {r.item_id for r in unseen}
+
+
+def test_a_published_ranker_serves_its_space_alone(shop: tuple[str, str], reader: Asked) -> None:
+    url, namespace = shop
+    by_hand = reader.ask("recommend", "ann", 5)
+    silent = {**ranking.BY_HAND, "gate": np.array([-9, 3, -9, -9], np.float32)}  # text alone
+    with closing(Connection(url).open()) as client:
+        items = ItemStore(client, Keys(namespace), url)
+        items.put_ranker("another space", silent)
+        assert reader.ask("recommend", "ann", 5) == by_hand
+        items.put_ranker(f"{SPACE:016x}", silent)
+        try:
+            text = [r.signals["text"] for r in reader.ask("recommend", "ann", 5)]
+            assert text == sorted(text, reverse=True)
+            assert [r.item_id for r in reader.ask("recommend", "ann", 5)] != [
+                r.item_id for r in by_hand
+            ]
+        finally:
+            items.put_ranker(f"{SPACE:016x}", None)
+    assert reader.ask("recommend", "ann", 5) == by_hand
+
+
+def test_a_shopper_of_whom_nothing_is_liked_gets_nothing(reader: Asked) -> None:
+    assert reader.ask("recommend", "looker") == []
+    with pytest.raises(ProfileNotFound):
+        reader.ask("recommend", "nobody")
+
+
+def test_deleted_items_are_not_shown(shop: tuple[str, str], reader: Asked) -> None:
+    url, namespace = shop
+    with closing(Connection(url).open()) as client:
+        items = ItemStore(client, Keys(namespace), url)
+        items.put([ItemRecord(item_id(11), deleted=True)], [VERSION], [Origin(1, 1)])
+        names = {r.item_id for r in reader.ask("recommend", "ann", 500)}
+    assert item_id(9) in names
+    assert item_id(11) not in names  # a neighbour as well
+
+
+def test_a_profile_of_a_space_without_items_is_not_mixed(
+    shop: tuple[str, str], reader: Asked
+) -> None:
+    url, namespace = shop
+    save(url, namespace, in_topic([event("stray", 3)]), space=0xDEAD)
+    with pytest.raises(SpaceMismatch, match="dead"):
+        reader.ask("recommend", "stray")
+
+
+def test_the_rights_of_a_reader_suffice(shop: tuple[str, str], redis_server: RedisServer) -> None:
+    url, namespace = shop
+    with closing(Connection(url).open()) as client:
+        words = reader_acl("recommender", "secret", namespace).split()
+        assert client.execute_command(*words) == b"OK"
+    limited = Connection(url, username="recommender", password="secret")
+    with ProfileReader(limited, namespace) as reader:
+        assert reader.recommend("ann")
