@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Weights = dict[str, Floats]
 
+RANKER: Final = "ranker.safetensors"  # the part of a release that holds the weights
 SIGNALS: Final = ("next_interest", "text", "covisitation", "own")
 _COUNTS: Final = (2, 3)  # of SIGNALS: counts, not cosines
 SHOPPER: Final = ("log_events", "log_own", "repeat_share")

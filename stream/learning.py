@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,7 @@ from model.encoder import TextEncoder
 from model.errors import NothingToLearn
 from model.gate import Bounds, Decision
 from model.projection import Projection
+from model.ranker import RANKER, load_weights, save_weights
 from model.releases import (
     ENCODER,
     PROJECTION,
@@ -43,6 +44,8 @@ from profiles.schema import EVENT_TYPES, ItemRecord
 from .archive import Archive, archived, open_store
 from .contributions import event_weights
 from .labelling import Rules, label
+from .ranker_cases import make_cases
+from .ranker_learning import FittedRanker, fit_ranker
 from .settings import Settings
 
 # Files of a candidate that a release takes as they are.
@@ -96,10 +99,11 @@ def learn(settings: Settings, items: ItemStore, now: datetime, progress: Progres
     )
     current = base.vectors(of_items)
     transition = fit_transition(parent.space, "", current, candidate.vectors)
+    ranker = _fit_ranker(settings, parent, windows, candidate)
     decision = _judge(settings, windows, base, current, candidate, transition)
     release = None
     if decision.accepted:
-        release = _publish(parent, catalogue, candidate, decision, transition, now)
+        release = _publish(parent, catalogue, candidate, decision, transition, ranker, now)
     about = gate.record(
         decision, release.id if release else str(folder), parent.id, now.isoformat()
     )
@@ -213,19 +217,47 @@ def _judge(
     return gate.decide(comparison, Bounds(margin=settings.learn.margin))
 
 
+def _fit_ranker(
+    settings: Settings, parent: Release, windows: Labelled, candidate: Candidate
+) -> FittedRanker | None:
+    """On windows that the candidate was not trained on, from the live release's ranker. None where
+    neighbours are not kept: readers would lack the signal that it leans on."""
+    if not settings.learn.neighbours:
+        return None
+    cases = make_cases(
+        windows,
+        candidate.vectors,
+        settings.profile.half_lives_s,
+        cut_ms=candidate.metrics["cut_ms"],
+        window=settings.profile.window,
+        seed=settings.learn.seed,
+    )
+    live = load_weights(parent.path / RANKER) if RANKER in parent.parts else None
+    return fit_ranker(cases, live, settings.learn.margin, settings.learn.seed)
+
+
 def _publish(
     parent: Release,
     catalogue: _Texts,
     candidate: Candidate,
     decision: Decision,
     transition: Transition,
+    ranker: FittedRanker | None,
     now: datetime,
 ) -> Release:
     metrics: dict[str, Any] = {"training": candidate.metrics, "gate": dict(decision.figures)}
+    parts = {name: candidate.path / name for name in _PARTS}
+    if RANKER in parent.parts:
+        parts[RANKER] = parent.path / RANKER
+    if ranker is not None and ranker.figure.count:
+        metrics["ranker"] = {"kept": ranker.weights is not None, **asdict(ranker.figure)}
+        if ranker.weights is not None:
+            parts[RANKER] = candidate.path / RANKER
+            save_weights(ranker.weights, parts[RANKER])
     return publish(
         parent,
         candidate.projection,
-        parts={name: candidate.path / name for name in _PARTS},
+        parts=parts,
         item_vectors=CatalogueVectors(
             catalogue.item_ids, [text_version(t) for t in catalogue.texts], candidate.vectors
         ),

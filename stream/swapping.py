@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from model.engine import Engine
 from model.errors import EncoderSettingsInvalid, ModelError
 from model.hot_swap import HotSwap
+from model.ranker import RANKER, load_weights
 from model.releases import Release, current_name, peek
 from profiles.items import ItemStore
 from profiles.schema import Keys
@@ -32,11 +33,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def publish_ranker(items: ItemStore, release: Release) -> None:
+    """Let readers of a release's space score with its ranker, or by hand where it has none.
+    Raises RedisUnavailable, WeightsUnavailable."""
+    trained = RANKER in release.parts
+    items.put_ranker(release.space, load_weights(release.path / RANKER) if trained else None)
+
+
 def open_space(items: ItemStore, catalogue: Catalogue) -> None:
     """Name the catalogue's space as current, once all items are in it. Raises RedisUnavailable."""
     if items.current_space() != catalogue.engine.space:
         catalogue.fill()
         items.set_space(catalogue.engine.space)
+    publish_ranker(items, catalogue.engine.release)
 
 
 class Swapper:
@@ -108,6 +117,7 @@ class Swapper:
 
     def _flip(self, release: Release, catalogue: Catalogue) -> None:
         before = self._updater.catalogue.engine.space
+        publish_ranker(self._items, release)
         # Named first: a profile must not be seen in a space that is not current yet.
         self._items.set_space(release.space)
         # By this thread's clock: micro-batches go on meanwhile, so waiting for a turn delays none.

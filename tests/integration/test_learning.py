@@ -14,10 +14,13 @@ import pytest
 
 from model.engine import Engine
 from model.errors import NothingToLearn
+from model.ranker import RANKER, load_weights
 from model.releases import Release, decisions, history, load_current
 from model.text import item_text, text_version
+from profiles import ranking
 from profiles.items import ItemStore
 from profiles.schema import ItemRecord, Keys
+from stream import ranker_learning
 from stream.archive import Archive, Folder, Pending
 from stream.events import Event, Purchase
 from stream.learning import Outcome, learn
@@ -29,6 +32,7 @@ from stream.settings import (
     Settings,
     StreamSettings,
 )
+from stream.swapping import publish_ranker
 from tests.integration.worker_process import DIMENSIONS, build_tiny_release
 
 pytestmark = pytest.mark.redis
@@ -122,6 +126,29 @@ def test_what_is_learned_goes_live_with_the_vectors_of_the_whole_catalogue(
     (about,) = decisions(shop.model.releases)
     assert (about["decision"], about["candidate"]) == ("accept", live.id)
     assert not list((shop.stream.data_dir / "training").iterdir())
+
+
+def test_a_ranker_goes_with_the_release_and_readers_get_it(
+    shop: Settings, items: ItemStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody buys a thing twice: the weights by hand trust own items too much."""
+    monkeypatch.setattr(ranker_learning, "LEAST_CASES", 150)
+    monkeypatch.setattr(ranker_learning, "_METRIC", "ndcg@10")  # 20 of 60 items are too easy
+    shop = shop.model_copy(update={"learn": shop.learn.model_copy(update={"neighbours": True})})
+    _store(items, _records())
+    _fill(shop, _circle())
+    outcome = learn(shop, items, datetime.now(UTC), lambda stage, done, of: None)
+    assert outcome.release is not None, outcome.decision.reasons
+    about = outcome.release.metrics()["ranker"]
+    assert about["kept"]
+    assert about["low"] > 0
+    assert RANKER in outcome.release.parts
+    publish_ranker(items, outcome.release)
+    with closing(shop.redis.connection().open()) as client:
+        fields = client.hgetall(Keys(shop.namespace).ranker(outcome.release.space))
+    weights = ranking.from_fields(fields)
+    trained = load_weights(outcome.release.path / RANKER)
+    assert all((weights[name] == trained[name]).all() for name in trained)
 
 
 def test_a_candidate_that_knows_no_better_is_turned_down_and_nothing_moves(

@@ -1,0 +1,195 @@
+"""Labelled windows -> cases for the ranker, with the signals that a reader would have had.
+
+PURE. Shoppers' histories are told in event time, in blocks: tallies of neighbours grow as the
+stream grows them, and a case knows what happened before its block. It uses the definitions that
+readers use (`profiles/ranking.py`), so that what is trained is what is served; `next_interest`
+stays 0, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model import training_rows as tr
+from model.ranker import Cases
+from model.windows import Labelled
+from profiles import neighbours, ranking
+from profiles.arithmetic import Floats, Ints, unit
+from profiles.neighbours import Neighbours, Pairs, Tallies, TallyLayout
+from profiles.schema import NEAR_ENTRY, PAIR_ENTRY, WINDOW_ENTRY
+
+_BLOCKS: Final = 40
+_PAIRS_AT_ONCE: Final = 100_000  # events
+# Scores of a case take 16 bytes an item: at most 400 MB.
+_NUMBERS: Final = 25_000_000
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Cases in event time."""
+
+    cases: Cases
+    user: Ints  # (n,) of each case
+    t_ms: Ints  # (n,)
+
+
+def make_cases(
+    windows: Labelled,
+    vectors: Floats,
+    half_lives_s: tuple[float, ...],
+    *,
+    cut_ms: int,
+    window: int = 50,
+    most: int = 3_000,
+    seed: int = 0,
+) -> Timed:
+    """Rankings of the whole catalogue after windows whose target came at `cut_ms` or later.
+
+    vectors: (C, D) unit rows of the catalogue; half_lives_s: of a profile's time scales, the
+    longest also of neighbours; most: cases, drawn with `seed`; fewer where C is large.
+    """
+    targets = tr.find_targets(windows)
+    ends = np.flatnonzero(tr.asked_at(windows) & targets.since(cut_ms))
+    count = min(most, _NUMBERS // max(4 * len(vectors), 1))
+    if len(ends) > count:
+        ends = np.random.default_rng(seed).choice(ends, count, replace=False)
+    ends = ends[np.argsort(windows.t_ms[ends], kind="stable")]
+    counted = _Counted(windows, len(vectors), TallyLayout(half_life_s=half_lives_s[-1]))
+    owner = tr.owners(windows)
+    n, size = len(ends), len(vectors)
+    signals = np.zeros((n, size, len(ranking.SIGNALS)), dtype=np.float32)
+    known = np.zeros((n, size), dtype=np.float32)
+    target = np.zeros((n, size), dtype=np.float32)
+    shopper = np.zeros((n, 3), dtype=np.float32)
+    for block in np.array_split(np.arange(n), min(_BLOCKS, max(n, 1))):
+        if not len(block):
+            continue
+        counted.tell(int(windows.t_ms[ends[block[0]]]))
+        counts = counted.counts()  # (C,)
+        for row in block.tolist():
+            end = int(ends[row])
+            first = int(windows.start[owner[end]])
+            seen = _entries(windows, first, end + 1)[-window:]
+            own = ranking.own_frequency(seen)
+            near = ranking.nearby(seen, counted.near(seen))
+            signals[row, :, 1] = vectors @ _interest(windows, vectors, first, end, half_lives_s)
+            pulled = np.array(list(near), dtype=np.int64) - 1
+            for item, weight in zip(pulled.tolist(), near.values(), strict=True):
+                signals[row, item, 2] = ranking.covisitation(weight, float(counts[item]))
+            for key, times in own.items():
+                signals[row, key - 1, 3] = times
+            known[row] = np.log1p(counts)
+            target[row, targets.item[targets.first[end] : targets.stop[end]]] = 1.0
+            shopper[row] = ranking.shopper_features(seen, end - first + 1)
+    cases = Cases(signals, known, shopper, target, np.zeros((n, size), dtype=np.float32))
+    return Timed(cases, owner[ends], windows.t_ms[ends])
+
+
+def _entries(windows: Labelled, first: int, stop: int) -> NDArray[Any]:
+    """Events with a weight as a profile's window has them; the key of item i is i + 1."""
+    at = np.arange(first, stop)
+    at = at[windows.weight[at] != 0]
+    out = np.zeros(len(at), WINDOW_ENTRY)
+    out["t_ms"], out["item"] = windows.t_ms[at], windows.item[at] + 1
+    out["weight"], out["type"] = windows.weight[at], windows.type[at]
+    return out
+
+
+def _interest(
+    windows: Labelled, vectors: Floats, first: int, end: int, half_lives_s: tuple[float, ...]
+) -> Floats:
+    """(D,) what a vector's product with is the mean cosine to all time scales."""
+    at = np.arange(first, end + 1)
+    at = at[(windows.weight[at] != 0) & (windows.item[at] >= 0)]
+    age_s = (windows.t_ms[end] - windows.t_ms[at]) / 1000.0  # (m,)
+    share = np.exp2(-age_s / np.asarray(half_lives_s)[:, None]) * windows.weight[at]  # (K, m)
+    mean: Floats = unit((share @ vectors[windows.item[at]]).astype(np.float32)).mean(axis=0)
+    return mean
+
+
+class _Counted:
+    """The tallies of a catalogue, as far as history was told."""
+
+    def __init__(self, windows: Labelled, items: int, layout: TallyLayout) -> None:
+        self._layout = layout
+        self._windows = windows
+        self._order = np.argsort(windows.t_ms, kind="stable")
+        self._times = windows.t_ms[self._order]
+        self._told = 0
+        nothing: list[bytes | None] = [None] * items
+        self._tallies: Tallies = neighbours.unpack(nothing, nothing, nothing, layout)
+        weighty = np.flatnonzero(windows.weight != 0)
+        self._place = np.full(len(windows), -1)  # among the weighty events
+        self._place[weighty] = np.arange(len(weighty))
+        self._weighty = weighty
+        self._owner = tr.owners(windows)
+
+    def tell(self, t_ms: int) -> None:
+        """Everything that happened before `t_ms`."""
+        until = int(np.searchsorted(self._times, t_ms))
+        for begin in range(self._told, until, _PAIRS_AT_ONCE):
+            for entries in self._pairs(self._order[begin : min(begin + _PAIRS_AT_ONCE, until)]):
+                # One origin, every call a later offset: nothing here comes twice.
+                entries["offset"] = begin
+                origin = np.zeros(len(entries), np.uint64)
+                pairs = Pairs(entries, origin, np.zeros(len(entries), np.int64))
+                rows = entries["item"].astype(np.int64) - 1
+                neighbours.fold(self._tallies, rows, pairs, self._layout)
+        self._told = max(self._told, until)
+
+    def counts(self) -> Floats:
+        """(C,) decayed events of each item."""
+        header = self._tallies.header
+        age_ms = header["updated_ms"].max() - header["updated_ms"]
+        left = np.exp2(-age_ms / (1000.0 * self._layout.half_life_s))
+        return np.asarray(header["count"] * left, dtype=np.float32)
+
+    def near(self, seen: NDArray[Any]) -> dict[int, Neighbours]:
+        """Neighbours of a window's latest items, by item key."""
+        header = self._tallies.header
+        latest = np.unique(ranking.liked(seen)["item"][-ranking.DEPTH :]).tolist()
+        found = {}
+        for key in latest:
+            entries = np.frombuffer(self._tallies.near[key - 1], NEAR_ENTRY)
+            found[key] = Neighbours(
+                int(header["updated_ms"][key - 1]),
+                self._layout.half_life_s,
+                float(header["count"][key - 1]),
+                dict(zip(entries["item"].tolist(), entries["weight"].tolist(), strict=True)),
+            )
+        return found
+
+    def _pairs(self, told: Ints) -> Iterator[NDArray[Any]]:
+        """PAIR_ENTRY of these events with the entries before them, see `neighbours.arisen`."""
+        w = self._windows
+        later = told[(w.item[told] >= 0) & (w.weight[told] > 0)]
+        parts = [_pair(w, later, None, 1.0)]
+        for d in range(1, neighbours.DISTANCE + 1):
+            back = self._place[later] - d
+            reached = back >= 0
+            earlier = self._weighty[back[reached]]
+            mine = later[reached]
+            good = self._owner[earlier] == self._owner[mine]
+            good &= (w.item[earlier] >= 0) & (w.weight[earlier] > 0)
+            mine, earlier = mine[good], earlier[good]
+            parts.append(_pair(w, mine, earlier, 1 / d, forward=True))
+            parts.append(_pair(w, mine, earlier, neighbours.BACKWARD / d))
+        entries = np.concatenate(parts)
+        if len(entries):
+            yield entries
+
+
+def _pair(
+    w: Labelled, event: Ints, earlier: Ints | None, weight: float, *, forward: bool = False
+) -> NDArray[Any]:
+    out = np.zeros(len(event), PAIR_ENTRY)
+    out["t_ms"], out["weight"] = w.t_ms[event], weight
+    mine = w.item[event] + 1
+    other = np.zeros(len(event), np.int64) if earlier is None else w.item[earlier] + 1
+    out["item"], out["neighbour"] = (other, mine) if forward else (mine, other)
+    return out
