@@ -1,6 +1,6 @@
 """Labelled windows -> cases for the ranker, with the signals that a reader would have had.
 
-PURE. Shoppers' histories are told in event time, in blocks: tallies of neighbours grow as the
+No I/O. Shoppers' histories are told in event time, in blocks: tallies of neighbours grow as the
 stream grows them, and a case knows what happened before its block. It uses the definitions that
 readers use (`profiles/ranking.py`), so that what is trained is what is served; `next_interest`
 stays 0, as there.

@@ -1,6 +1,6 @@
 """Fits the ranker that readers use, and keeps it only if it ranks better than the live one.
 
-PURE but for torch's training. Fitted on the older part of the newest cases, judged on the newer.
+No I/O. Fitted on the older part of the newest cases, judged on the newer.
 """
 
 from __future__ import annotations

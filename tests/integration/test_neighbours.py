@@ -20,10 +20,14 @@ import redis
 
 from model.releases import Release
 from profiles import neighbours
-from profiles.neighbours import Neighbours
+from profiles.neighbour_store import NeighbourStore
+from profiles.neighbours import Neighbours, TallyLayout
 from profiles.schema import NEAR, SAVE_NEIGHBOURS_SCRIPT, SAVE_SCRIPT, TALLY, Keys
-from stream.events import Forget
+from stream.events import Forget, Item, View
+from stream.intake import MicroBatch, Slice
 from stream.local_stack import ApacheKafka
+from stream.neighbours import NeighbourFolder
+from stream.producer import EventProducer
 from stream.settings import (
     KafkaSettings,
     LearnSettings,
@@ -35,8 +39,16 @@ from stream.settings import (
 from stream.topics import create_topics
 from tests import neighbour_oracle
 from tests.between import Between
-from tests.integration.shop_traffic import Expectation, Traffic, differences, films, stored_profiles
+from tests.integration.shop_traffic import (
+    Expectation,
+    Traffic,
+    differences,
+    films,
+    read_back,
+    stored_profiles,
+)
 from tests.integration.worker_process import (
+    LocalWorker,
     WorkerProcess,
     build_tiny_release,
     eventually,
@@ -151,3 +163,52 @@ def test_every_pair_counts_once_while_workers_die(
         f"\n3 workers killed during the first {flowing} of {len(traffic)} records: "
         f"{len(stored)} items, {pairs} neighbours right, {replayed:.0f} copies of pairs left out"
     )
+
+
+def test_large_batches_and_forwarded_events_give_every_pair_once(
+    namespace: str, release: Release, apache_kafka: ApacheKafka, redis_url: str
+) -> None:
+    """Shoppers folded in lanes, and half of them sent on from a partition that is not theirs; the
+    pairs are folded by a reader of its own."""
+    settings = Settings(
+        namespace=namespace,
+        kafka=KafkaSettings(bootstrap=apache_kafka.bootstrap, partitions=3),
+        redis=RedisSettings(url=redis_url),
+        stream=StreamSettings(repartition=True),
+        model=ModelSettings(releases=release.path.parent),
+        learn=LearnSettings(neighbours=True),
+    )
+    create_topics(settings)
+    chance = random.Random(SEED)
+    with EventProducer(settings.kafka.client_config(), namespace) as producer:
+        for i in range(30):
+            producer.send_item(Item(item_id=f"i{i}", title=f"thing {i}"))
+        for step in range(4):
+            for u in range(900):
+                seen = View(
+                    user_id=f"u{u}",
+                    item_id=f"i{chance.randrange(30)}",
+                    ts=1_760_000_000_000 + step * 60_000 + u % 7,
+                )
+                raw, partition = seen.to_json(), u % 3  # wherever it belongs
+                producer.send_bytes("events", b"", raw, partition=partition)
+    with LocalWorker(settings), LocalWorker(settings):
+        wait_until_folded(settings.model_copy(update={"learn": LearnSettings()}))
+    with redis.Redis.from_url(redis_url) as client:
+        store = NeighbourStore(
+            client, Keys(namespace), TallyLayout(), ttl_s=1e9, writer=1, where=redis_url
+        )
+        folder = NeighbourFolder(store)
+        values = [
+            [r.value for r in read_back(settings, "pairs") if r.partition == p] for p in (0, 1, 2)
+        ]
+        for _ in range(2):  # and once more, as after a crash
+            folder.fold(
+                MicroBatch(tuple(Slice("pairs", p, 0, p, values=v) for p, v in enumerate(values)))
+            )
+        stored = stored_neighbours(client, namespace)
+    wrong = neighbour_oracle.compare(
+        stored, neighbour_oracle.fold(Expectation(settings, release).events())
+    )
+    assert not wrong, f"{len(wrong)} differences in {len(stored)} items: {wrong[:20]}"
+    assert len(stored) == 30
