@@ -15,6 +15,7 @@ from profiles.neighbour_store import NeighbourStore
 from profiles.neighbours import Pairs, TallyLayout, fold
 from profiles.schema import PAIR_ENTRY, ItemRecord, Keys, key64
 from profiles.schema_doc import reader_acl
+from stream import cli
 from stream.local_stack import RedisServer
 from tests.integration.test_profile_reader import (
     READERS,
@@ -156,3 +157,19 @@ def test_the_rights_of_a_reader_suffice(shop: tuple[str, str], redis_server: Red
     limited = Connection(url, username="recommender", password="secret")
     with ProfileReader(limited, namespace) as reader:
         assert reader.recommend("ann")
+
+
+def test_the_command_line_shows_it_in_words(
+    shop: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, namespace = shop
+    monkeypatch.setenv("REDIS_URL", url)
+    monkeypatch.setenv("NAMESPACE", namespace)
+    monkeypatch.setattr(cli.console, "width", 120)
+    cli.profile_recommend("ann", 4, new=False)
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("neighbours", "own", "text", "Title 2"))
+    cli.profile_recommend("ann", 4, new=True)
+    assert "Title 2 " not in capsys.readouterr().out
+    cli.profile_recommend("looker", 4, new=False)
+    assert "nothing to recommend" in capsys.readouterr().out
