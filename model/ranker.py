@@ -1,6 +1,6 @@
 """Four signals -> one score: which of them to trust, for this shopper and this item.
 
-    score = sum over signals k of  gate_k(shopper, item) * shape_k(signal_k)
+    score = sum over signals k of  gate_k(shopper, item) * shape_k(signal_k)  + prior(shopper)
 
 Two signals are cosines (next interest, decayed text), two are counts (co-visitation, the
 shopper's own purchases), which are shaped by a logarithm whose knee is learned. Gates are
@@ -10,8 +10,10 @@ more of a signal never lowers a score.
 
 An item's decayed count is also a signal of its own: with a half-life of three weeks it was
 worth 2 to 3 % of Recall@20 over a count since the beginning, in a shop of seasonal gifts.
-To rank what is new to a shopper, train on cases without what she had; a ranker trained on
-everything is 10 % worse at that.
+
+Items that a shopper had before and items that are new to her have weights of their own, and the
+prior is between the two: some shops sell the same again and some never do, and what says which
+new item is not what says which old one. With one set for both, it was a choice between them.
 
 The weights are a handful of plain arrays; torch is only imported to train them.
 """
@@ -41,13 +43,16 @@ SIGNALS: Final = ("next_interest", "text", "covisitation", "own")
 _COUNTS: Final = (2, 3)  # of SIGNALS: counts, not cosines
 SHOPPER: Final = ("log_events", "log_own", "repeat_share")
 
+KINDS: Final = ("new", "had")  # of items, for this shopper
 _SHAPES: Final[Mapping[str, tuple[int, ...]]] = {
-    "gate": (len(SIGNALS),),  # before softplus
-    "gate_shopper": (len(SIGNALS), len(SHOPPER)),
-    "gate_item": (len(SIGNALS),),
-    "knee": (len(_COUNTS),),  # log of 1 / the count at which the logarithm bends
-    "item": (1,),  # what an item's own log count adds
-    "own_seen": (1,),  # what it adds that the shopper had the item at all
+    "gate": (len(KINDS), len(SIGNALS)),  # before softplus
+    "gate_shopper": (len(KINDS), len(SIGNALS), len(SHOPPER)),
+    "gate_item": (len(KINDS), len(SIGNALS)),
+    # Log of 1 / the count at which the logarithm bends.
+    "knee": (len(KINDS), len(_COUNTS)),
+    "item": (len(KINDS),),  # what an item's own log count adds
+    "had": (1,),  # what it adds that the shopper had the item at all
+    "had_shopper": (len(SHOPPER),),
 }
 _FIRST_KNEE: Final = float(np.log(1 / 0.02))
 # All shaped signals, and all that gates depend on, of about the same size: else a learning
@@ -89,8 +94,8 @@ def first_weights() -> Weights:
     zeros = {name: np.zeros(shape, dtype=np.float32) for name, shape in _SHAPES.items()}
     softplus_inverse = np.log(np.expm1(np.array([1.0, 0.3, 1.0, 1.0])))
     return zeros | {
-        "gate": softplus_inverse.astype(np.float32),
-        "knee": np.full(len(_COUNTS), _FIRST_KNEE, dtype=np.float32),
+        "gate": np.tile(softplus_inverse, (len(KINDS), 1)).astype(np.float32),
+        "knee": np.full((len(KINDS), len(_COUNTS)), _FIRST_KNEE, dtype=np.float32),
     }
 
 
@@ -109,12 +114,16 @@ def score_torch(
     from torch.nn.functional import softplus
 
     known = item_log_events - _USUAL_LOG
-    gate = (shopper @ weights["gate_shopper"].T + weights["gate"]).unsqueeze(-2)  # (n, 1, 4)
-    gate = softplus(gate + known[..., None] * weights["gate_item"])
-    counts = torch.log1p(signals[..., _COUNTS[0] :] * weights["knee"].exp())
-    shaped = torch.cat([signals[..., : _COUNTS[0]] * _COSINE_SCALE, counts], dim=-1)
-    total = (gate * shaped).sum(-1) + weights["item"] * known
-    return total + weights["own_seen"] * (signals[..., _COUNTS[1]] > 0)
+    of_kind = []
+    for kind in range(len(KINDS)):
+        gate = (shopper @ weights["gate_shopper"][kind].T + weights["gate"][kind]).unsqueeze(-2)
+        gate = softplus(gate + known[..., None] * weights["gate_item"][kind])  # (..., C, 4)
+        counts = torch.log1p(signals[..., _COUNTS[0] :] * weights["knee"][kind].exp())
+        shaped = torch.cat([signals[..., : _COUNTS[0]] * _COSINE_SCALE, counts], dim=-1)
+        of_kind.append((gate * shaped).sum(-1) + weights["item"][kind] * known)
+    new, again = of_kind
+    prior = weights["had"] + shopper @ weights["had_shopper"]
+    return torch.where(signals[..., _COUNTS[1]] > 0, again + prior.unsqueeze(-1), new)
 
 
 def fit(

@@ -22,18 +22,20 @@ SIGNALS: Final = ("next_interest", "text", "covisitation", "own")
 _COUNTS: Final = 2  # the signals from here on are counts, those before cosines
 _COSINE_SCALE: Final = 10.0
 _USUAL_LOG: Final = 3.0
+# The first axis of 2: items that are new to the shopper, and items that they had before.
 SHAPES: Final[Mapping[str, tuple[int, ...]]] = {
-    "gate": (4,),
-    "gate_shopper": (4, 3),
-    "gate_item": (4,),
-    "knee": (2,),
-    "item": (1,),
-    "own_seen": (1,),
+    "gate": (2, 4),
+    "gate_shopper": (2, 4, 3),
+    "gate_item": (2, 4),
+    "knee": (2, 2),
+    "item": (2,),
+    "had": (1,),
+    "had_shopper": (3,),
 }
 BY_HAND: Final[Weights] = {
     **{name: np.zeros(shape, dtype=np.float32) for name, shape in SHAPES.items()},
-    "gate": np.log(np.expm1([1.0, 0.3, 1.0, 1.0])).astype(np.float32),  # 1, .3, 1, 1
-    "knee": np.full(2, np.log(1 / 0.02), dtype=np.float32),
+    "gate": np.tile(np.log(np.expm1([1.0, 0.3, 1.0, 1.0])), (2, 1)).astype(np.float32),
+    "knee": np.full((2, 2), np.log(1 / 0.02), dtype=np.float32),
 }
 
 DEPTH: Final = 20  # latest items whose neighbours are looked at
@@ -47,14 +49,22 @@ def score(weights: Weights, signals: Floats, item_log_events: Floats, shopper: F
     Any leading axes. Counts of nothing are 0, cosines of nothing are 0.
     """
     known = item_log_events - _USUAL_LOG  # (..., C)
-    gate = (shopper @ weights["gate_shopper"].T + weights["gate"])[..., None, :]  # (..., 1, 4)
-    gate = np.logaddexp(0.0, gate + known[..., None] * weights["gate_item"])
+    had = signals[..., -1] > 0
+    new, again = (_score_of(weights, kind, signals, known, shopper) for kind in (0, 1))
+    again += weights["had"][0] + (shopper @ weights["had_shopper"])[..., None]
+    return np.where(had, again, new).astype(np.float32)
+
+
+def _score_of(
+    weights: Weights, kind: int, signals: Floats, known: Floats, shopper: Floats
+) -> Floats:
+    """As if all C items were of one kind."""
+    gate = (shopper @ weights["gate_shopper"][kind].T + weights["gate"][kind])[..., None, :]
+    gate = np.logaddexp(0.0, gate + known[..., None] * weights["gate_item"][kind])  # (..., C, 4)
     shaped = signals * np.float32(_COSINE_SCALE)
-    shaped[..., _COUNTS:] = np.log1p(signals[..., _COUNTS:] * np.exp(weights["knee"]))
-    total = np.einsum("...k,...k->...", gate, shaped)
-    total += weights["item"][0] * known
-    total += weights["own_seen"][0] * (signals[..., -1] > 0)
-    return np.asarray(total, dtype=np.float32)
+    shaped[..., _COUNTS:] = np.log1p(signals[..., _COUNTS:] * np.exp(weights["knee"][kind]))
+    total: Floats = np.einsum("...k,...k->...", gate, shaped) + weights["item"][kind] * known
+    return total
 
 
 def to_fields(weights: Weights) -> dict[str, bytes]:

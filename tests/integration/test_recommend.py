@@ -107,7 +107,7 @@ def test_what_was_seen_can_be_left_out(reader: Asked) -> None:
 def test_a_published_ranker_serves_its_space_alone(shop: tuple[str, str], reader: Asked) -> None:
     url, namespace = shop
     by_hand = reader.ask("recommend", "ann", 5)
-    silent = {**ranking.BY_HAND, "gate": np.array([-9, 3, -9, -9], np.float32)}  # text alone
+    silent = {**ranking.BY_HAND, "gate": np.array([[-9, 3, -9, -9]] * 2, np.float32)}  # text alone
     with closing(Connection(url).open()) as client:
         items = ItemStore(client, Keys(namespace), url)
         items.put_ranker("another space", silent)

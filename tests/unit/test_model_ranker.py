@@ -108,6 +108,30 @@ def test_training_learns_whom_to_believe_which_signal_of() -> None:
     assert found(learned, unseen) > 0.7
 
 
+def of_two_minds(n: int, seed: int) -> Cases:
+    """Old items follow how often they were had, new ones the text, whoever the shopper is."""
+    signals, counts, shopper = inputs(n, 30, seed)
+    rng = np.random.default_rng(seed)
+    had = signals[..., 3] > 0
+    old = np.where(had, signals[..., 3], -np.inf)
+    new = np.where(had, -np.inf, signals[..., 1])
+    follows = np.where((rng.random(n) < 0.5)[:, None], old, new)
+    target = (np.arange(30) == follows.argmax(axis=1)[:, None]).astype(np.float32)
+    return whole(signals, counts, np.zeros_like(shopper), target)
+
+
+def test_items_that_are_new_to_a_shopper_have_weights_of_their_own() -> None:
+    learned = fit(of_two_minds(600, seed=1))
+    unseen = of_two_minds(300, seed=2)
+    scores = score(learned, unseen.signals, unseen.item_log_events, unseen.shopper)
+    had = unseen.signals[..., 3] > 0
+    for kind in (had, ~had):  # best of either kind is what may come next
+        asked = (unseen.target > 0)[kind.nonzero()].any() and (unseen.target * kind).any(axis=1)
+        best = np.where(kind, scores, -np.inf).argmax(axis=1)
+        right = best[asked] == unseen.target[asked].argmax(axis=1)
+        assert right.mean() > 0.8
+
+
 def text_only(log_chance: float) -> float:
     """How much text is found to count, where it counts 0.4, from the 6 best of 30 items and 6
     of the others, one of which makes way for the target."""
@@ -126,7 +150,7 @@ def text_only(log_chance: float) -> float:
     usual = np.full((1500, 12), 3.0, dtype=np.float32)
     nobody = np.zeros((1500, 3), dtype=np.float32)
     weights = fit(Cases(signals, usual, nobody, wanted, chances), epochs=12)
-    return float(np.logaddexp(0, weights["gate"][1]))
+    return float(np.logaddexp(0, weights["gate"][0, 1]))
 
 
 def test_candidates_drawn_by_a_signal_do_not_make_it_distrusted() -> None:
