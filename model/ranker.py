@@ -99,17 +99,30 @@ def first_weights() -> Weights:
     }
 
 
+def score(weights: Weights, signals: Floats, item_log_events: Floats, shopper: Floats) -> Floats:
+    """Scores (..., C) of C items from signals (..., C, 4), counts (..., C), shopper (..., 3).
+
+    numpy alone, as `profiles/ranking.py` has it for readers; any leading axes. Counts of nothing
+    are 0, cosines of nothing are 0.
+    """
+    known = item_log_events - _USUAL_LOG  # (..., C)
+    gate = (shopper @ weights["gate_shopper"].T + weights["gate"])[..., None, :]  # (..., 1, 4)
+    gate = np.logaddexp(0.0, gate + known[..., None] * weights["gate_item"])
+    shaped = signals * np.float32(_COSINE_SCALE)
+    shaped[..., _COUNTS[0] :] = np.log1p(signals[..., _COUNTS[0] :] * np.exp(weights["knee"]))
+    total = np.einsum("...k,...k->...", gate, shaped)
+    total += weights["item"][0] * known
+    total += weights["own_seen"][0] * (signals[..., _COUNTS[1]] > 0)
+    return np.asarray(total, dtype=np.float32)
+
+
 def score_torch(
     weights: Mapping[str, torch.Tensor],
     signals: torch.Tensor,
     item_log_events: torch.Tensor,
     shopper: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores (..., C) of C items from signals (..., C, 4), counts (..., C), shopper (..., 3).
-
-    Any leading axes. Counts of nothing are 0, cosines of nothing are 0. Readers compute the same
-    in numpy (`profiles/ranking.py`), so that they need no torch.
-    """
+    """The same as `score`, with gradients."""
     import torch
     from torch.nn.functional import softplus
 

@@ -200,6 +200,20 @@ def test_the_topic_may_be_read_in_any_batches(
     assert compare(shop.tallies(), expected(events)) == []
 
 
+@pytest.mark.parametrize("batches", [[[0, 1]], [[0], [1]]])
+def test_what_lies_behind_is_left_out_however_it_is_read(batches: list[list[int]]) -> None:
+    """An item that has a later offset of an origin takes no earlier one."""
+    records = np.zeros(2, schema.PAIR_ENTRY)
+    records["item"], records["neighbour"], records["weight"] = 1, [2, 3], 1.0
+    records["offset"], records["t_ms"] = [5, 3], NOW_MS
+    tallies = neighbours.unpack([None], [None], [None], TALLIES)
+    for batch in batches:
+        pairs = Pairs(records[batch], np.ones(len(batch), np.uint64), np.asarray(batch))
+        neighbours.fold(tallies, np.zeros(len(batch), np.int64), pairs, TALLIES)
+    assert neighbours.decode(neighbours.pack(tallies)[0], tallies.near[0]).near == {2: 1.0}
+    assert tallies.watermarks == [{1: 6}]
+
+
 def test_an_event_whose_pairs_fill_a_record_is_not_torn(monkeypatch: pytest.MonkeyPatch) -> None:
     events = in_topic([item_event(i % 2, NOW_MS + i) for i in range(40)])
     whole = after(events)

@@ -16,10 +16,10 @@ from model.ranker import (
     fit,
     load_weights,
     save_weights,
+    score,
     score_torch,
 )
 from profiles import ranking
-from profiles.ranking import score
 
 
 def inputs(n: int, items: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -46,6 +46,7 @@ def test_numpy_and_torch_rank_alike(seed: int) -> None:
     tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
     other = score_torch(tensors, *(torch.from_numpy(each) for each in given_))
     np.testing.assert_allclose(score(weights, *given_), other.numpy(), rtol=2e-4, atol=2e-4)
+    np.testing.assert_array_equal(score(weights, *given_), ranking.score(weights, *given_))
 
 
 def test_readers_and_trainer_mean_the_same_weights() -> None:
