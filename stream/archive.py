@@ -54,6 +54,7 @@ SCHEMA: Final = pa.schema(
         ("price", pa.float32()),  # of one piece, NaN = unknown
         ("quantity", pa.int32()),
         ("text", pa.string()),  # of a search, a review, a message
+        ("label", pa.string()),  # of a review, a message; "" = none
     ],
     metadata={"penchant.archive": "1"},
 )
@@ -313,6 +314,7 @@ def columns(source: int, offsets: Sequence[int], batch: Sequence[ev.Event]) -> p
         pa.array(np.array(prices, np.float32)),
         pa.array(np.array([f.get("quantity", 0) for f in fields], np.int32)),
         pa.array([f.get("text") or f.get("query", "") for f in fields], pa.string()),
+        pa.array([f.get("label") or "" for f in fields], pa.string()),
     ]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
@@ -335,7 +337,7 @@ def archived(tables: Iterable[pa.Table]) -> Archived:
         t_ms=table["t_ms"].to_numpy(),
         event=table["event"].to_numpy(),
         rating=table["rating"].to_numpy(),
-        label=np.full(len(table), "", object),
+        label=table["label"].to_numpy(),
         source=table["source"].to_numpy(),
         offset=table["offset"].to_numpy(),
     )
@@ -598,16 +600,24 @@ class Archive:
     def _load(self, segment: Segment, names: list[str] | None = None) -> pa.Table:
         try:
             with self.store.read(segment.name) as file:
-                return pq.read_table(file, columns=names)
+                table = pq.read_table(file, columns=names)
+            return table if names else _complete(table)
         except pa.ArrowInvalid as error:
             raise UserError(
                 f"{segment.name} in the archive cannot be read ({error}): restore it or delete it"
             ) from error
 
 
+def _complete(table: pa.Table) -> pa.Table:
+    """A segment with the columns that it is too old to have: nothing was given there."""
+    if "label" not in table.column_names:
+        table = table.append_column("label", pa.array([""] * len(table), pa.string()))
+    return table
+
+
 def _parquet(table: pa.Table) -> Any:
     sink = pa.BufferOutputStream()
-    dictionaries = ["user", "item", "source", "type"]
+    dictionaries = ["user", "item", "source", "type", "label"]
     pq.write_table(table, sink, compression="zstd", use_dictionary=dictionaries)
     return sink.getvalue()
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -65,6 +66,37 @@ def test_events_come_back_whole_in_event_time(archive: Archive, shop: list[ev.Ev
         assert row["item"] == getattr(event, "item_id", "")
         assert row["text"] == (getattr(event, "text", "") or getattr(event, "query", ""))
         assert (row["rating"] == 4.5) == (event.type == "review")
+
+
+def test_labels_reach_the_windows(archive: Archive) -> None:
+    shopper = {"user_id": "u", "ts": T0_MS}
+    events: list[ev.Event] = [
+        ev.Message(**shopper, event_id="m", text="It broke."),
+        ev.Review(**shopper, item_id="i", rating=1, label="negative"),
+        ev.Message(**shopper, event_id="m", text="It broke.", label="refund"),
+    ]
+    write(archive, events, 0, 3)
+    windows = label(archived(archive.read()), {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), T0_MS)
+    assert windows.label == ["refund", "negative"]
+
+
+def test_segments_of_before_labels_are_read_merged_and_erased_from(archive: Archive) -> None:
+    events = parsed(records(60, span_ms=DAY_MS // 2))
+    write(archive, events, 0, 60)
+    for segment in archive.segments():
+        with archive.store.read(segment.name) as file:
+            old = pq.read_table(file).drop_columns("label")
+        sink = pa.BufferOutputStream()
+        pq.write_table(old, sink)
+        archive.store.write({segment.name: sink.getvalue()})
+    late = ev.View(user_id="u", item_id="i", ts=T0_MS + 2 * DAY_MS)
+    write(archive, [*events, late], 60, 61)
+    assert sorted(offsets(archive)) == list(range(61))
+    assert archive.forget(7, {events[0].user_id: 60}) > 0
+    assert archive.compact() > 0
+    table = pa.concat_tables(archive.read())
+    assert set(table["label"].to_pylist()) == {""}
+    assert events[0].user_id not in table["user"].to_pylist()
 
 
 @pytest.mark.usefixtures("way_of_reading")
