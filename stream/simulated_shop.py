@@ -346,7 +346,7 @@ class _People:
         self.pleasure: Floats = np.empty(n)
         self.restock: Ints = np.empty(n, np.int64)
         self.restock_ms: Ints = np.empty(n, np.int64)
-        self.last_ms: Ints = np.full(n, spec.start_ms)
+        self.last_ms: Ints = np.full(n, spec.start_ms - _MINUTE_MS)
         self.next_ms: Ints = np.empty(n, np.int64)
         self._begin(np.arange(n), rng)
 
@@ -363,9 +363,9 @@ class _People:
     def _plan(self, at: Ints, rng: np.random.Generator) -> None:
         """The next visit, after `last_ms`; who is out of something comes for that."""
         gap = rng.exponential(1.0, len(at)) / self.per_day[at]
-        self.next_ms[at] = _at_busy_day(_busy_days(self.last_ms[at]) + gap)
-        # Rounding must not let a visit begin before the last one ended.
-        np.maximum.at(self.next_ms, at, self.last_ms[at] + _MINUTE_MS)
+        # From a minute later: what rounding takes cannot make a visit begin in the one before.
+        free = _busy_days(self.last_ms[at] + _MINUTE_MS)
+        self.next_ms[at] = _at_busy_day(free + gap) + 1
         out = at[self.restock[at] >= 0]
         due_ms = self.restock_ms[out] + _delay(rng, 12 * _HOUR_MS, len(out))
         sooner = np.maximum(due_ms, self.last_ms[out] + _HOUR_MS)

@@ -251,6 +251,7 @@ def test_traffic_follows_the_time_of_day_and_the_asked_rate() -> None:
     spec = Spec(shoppers=2_000, items=50, days=6, visits_per_day=0.4, guests=0.0, churn=0.0)
     t_ms = np.concatenate([block.visits.t_ms for block in Shop(spec).blocks()])
     assert len(t_ms) == pytest.approx(2_000 * 6 * 0.42, rel=0.12)
+    assert np.bincount(t_ms - spec.start_ms)[: 3 * 60_000].max() <= 3  # no rush as it opens
     hours = np.bincount(t_ms % DAY_MS // 3_600_000, minlength=24)
     assert hours[20] > 5 * hours[3]
 
