@@ -19,6 +19,7 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -459,9 +460,11 @@ class Archive:
                 self._write({path: json.dumps(receipt).encode()})
         return sum(removed.values())
 
-    def compact(self) -> int:
+    def compact(self, most: int = sys.maxsize) -> int:
         """Merge small segments: those of one hour and partition, and all of a day and partition
-        if they are few bytes together. Segments saved."""
+        if they are few bytes together. What is left per partition is then a segment for a past day
+        with few events, 24 small ones for another, and large ones. At most about `most` segments
+        are read in one call, for callers that have other work. Segments saved; 0: nothing to do."""
         by_day: dict[tuple[int, int, int], dict[Segment, int]] = defaultdict(dict)
         present = self.segments()
         for segment, size in present.items():
@@ -469,6 +472,8 @@ class Archive:
         newest = max((day for day, _, _ in by_day), default=0)
         saved = 0
         for (day, _, _), sizes in by_day.items():
+            if saved >= most:
+                break
             if day < newest and sum(sizes.values()) <= _SMALL_BYTES:
                 saved += self._merge(list(sizes), _ALL_DAY, present)
                 continue

@@ -42,6 +42,10 @@ _BATCH_RECORDS: Final = 16_384
 _GATHER_MS: Final = 500.0
 _LOOK_S: Final = 0.1
 _TIDY_EVERY_S: Final = 60.0
+# A flush of events of months leaves a segment for each day or hour: who has nothing else to do
+# merges them soon, and in steps, so that events which come meanwhile wait for a step at most.
+_TIDY_IDLE_S: Final = 3.0
+_TIDY_STEP: Final = 200  # segments; a second or so on a disk
 
 
 class Ingest:
@@ -56,6 +60,8 @@ class Ingest:
         self._rows = 0
         self._since_s = time.monotonic()
         self._tidied_s = time.monotonic()
+        self._taken_s = time.monotonic()
+        self._untidy = True  # what a process that died left
 
     @property
     def waiting(self) -> int:
@@ -64,8 +70,9 @@ class Ingest:
 
     def take(self, batch: MicroBatch) -> None:
         """Parse a micro-batch and keep its events for the next flush."""
+        self._taken_s = time.monotonic()
         if not self._batches:
-            self._since_s = time.monotonic()
+            self._since_s = self._taken_s
         self._batches.append(batch)
         for piece in batch.slices:
             parsed = ev.parse(piece.values, piece.timestamps_ms, self._max_ahead_ms)
@@ -92,22 +99,27 @@ class Ingest:
         """Write what waits; the micro-batches that are durable now."""
         for pending in self._pending.values():
             self._archive.write(pending)
+        self._untidy |= bool(self._pending)
         done, self._batches = self._batches, []
         self._pending, self._rows = {}, 0
         return done
 
-    def tidy(self, *, now: bool = False) -> None:
-        """Once in a while: retention by age and size, and small segments merged."""
-        if not now and time.monotonic() - self._tidied_s < _TIDY_EVERY_S:
+    def tidy(self) -> None:
+        """Once in a while, and when idle: retention by age and size, and a step of merging small
+        segments."""
+        now_s = time.monotonic()
+        waits = now_s - self._tidied_s < _TIDY_EVERY_S and now_s - self._taken_s < _TIDY_IDLE_S
+        if not self._untidy or waits:
             return
         settings = self._settings
         expired = self._archive.expire(
             int(settings.retention_days * _DAY_MS), int(settings.max_gb * _GB)
         )
-        saved = self._archive.compact()
+        saved = self._archive.compact(_TIDY_STEP)
         if expired or saved:
             log.info("archive: %d segments expired, %d merged away", expired, saved)
-        self._tidied_s = time.monotonic()
+        if saved < _TIDY_STEP:
+            self._untidy, self._tidied_s = False, time.monotonic()
 
 
 class _Clock(Service):  # type: ignore[misc]
@@ -260,10 +272,9 @@ class Trainer:
 
     def _written(self) -> list[MicroBatch]:
         """The batches that are durable now. On the archive's thread, so one at a time."""
-        if not (self._ingest.due() or self.intake.draining()):
-            return []
-        done = self._ingest.flush()
-        if not self.intake.draining():
+        draining = self.intake.draining()
+        done = self._ingest.flush() if self._ingest.due() or draining else []
+        if not draining:
             self._ingest.tidy()
         return done
 

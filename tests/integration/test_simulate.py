@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,14 @@ from tests.integration.worker_process import (
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-SHOPPERS, ITEMS = 60, 96
+SHOPPERS, ITEMS = 100, 96
 
 
 def simulate(settings: Settings, truth: Path) -> str:
-    options = f"--kafka --shoppers {SHOPPERS} --items {ITEMS} --days 20 --drift-days 90 --guests 0"
+    options = f"--shoppers {SHOPPERS} --items {ITEMS} --days 20 --visits 0.5 --drift-days 150"
     ran = subprocess.run(
-        [sys.executable, "-m", "stream.cli", "simulate", *options.split(), "--duplicates", "0.02",
-         "--late", "0.02", "--truth", str(truth)],
+        [sys.executable, "-m", "stream.cli", "simulate", *options.split(), "--kafka",
+         "--churn", "0", "--duplicates", "0.02", "--late", "0.02", "--truth", str(truth)],
         cwd=REPOSITORY,
         env={"PATH": os.environ["PATH"], **environment(settings)},
         capture_output=True,
@@ -73,16 +74,20 @@ def test_the_interest_in_a_profile_is_that_of_the_shopper(
     with LocalWorker(settings) as worker:
         wait_until_folded(settings)
         assert worker.error is None
+    interests = defaultdict(list)
+    for row in pq.read_table(truth).to_pylist():
+        if row["kind"] == "visit":
+            interests[row["user_id"]].append(row["interest"])
+    # Who wants two things alike has no true topic, and of one visit little can be known.
     wanted = {
-        row["user_id"]: int(np.argmax(row["interest"]))
-        for row in pq.read_table(truth).to_pylist()
-        if row["kind"] == "visit"  # in event time, so the last one stands
+        user: int(np.argmax(share))
+        for user, shares in interests.items()
+        if len(shares) >= 4 and (share := np.mean(shares, axis=0)).max() > 0.5
     }
     middle = centres(release.load_encoder(device="cpu"))
     with ProfileReader(settings.redis.connection(), namespace) as reader:
         vectors = {user: reader.interests(user, scale=2) for user in reader.get_many(list(wanted))}
-    assert len(vectors) >= SHOPPERS
+    assert len(vectors) > 20
     found = {user: int(np.argmax(middle @ vector)) for user, vector in vectors.items()}
     right = np.mean([found[user] == wanted[user] for user in found])
-    # Chance is 1/16. An interest with a close second is not always told from it.
-    assert right > 0.6, f"simulated: {right:.0%} of {len(found)} shoppers"
+    assert right > 0.8, f"simulated: {right:.0%} of {len(found)} shoppers; chance is 1 in {K}"

@@ -160,6 +160,29 @@ def test_what_is_no_event_is_passed_by_and_forget_erases(
     assert Archive(Folder(Path(settings.archive.url))).stats().receipts == PARTITIONS
 
 
+def test_an_idle_trainer_merges_small_segments_whenever_it_was_killed(
+    settings: Settings, tmp_path: Path
+) -> None:
+    archive = Archive(Folder(Path(settings.archive.url)))
+    days, each = 60, 1_000
+    for n in range(2):  # two flushes, so that a day lies in two segments
+        produce(settings, records(each, seed=n, users=500, span_ms=days * 24 * HOUR_MS))
+        with TrainerProcess(settings, tmp_path):
+            eventually("it is archived", lambda: len(archived_ids(settings)) == (n + 1) * each)  # noqa: B023
+    before = len(archive.segments())
+    assert before > 1.5 * days * PARTITIONS
+    with TrainerProcess(settings, tmp_path) as trainer:
+        eventually("merging begins", lambda: len(archive.segments()) < before)
+        trainer.process.send_signal(signal.SIGKILL)
+        trainer.process.wait()
+    assert len(archive.segments()) > days * PARTITIONS, "it was done already: nothing was proved"
+    with TrainerProcess(settings, tmp_path):
+        most = (days - 1 + 24) * PARTITIONS
+        eventually("it is merged", lambda: len(archive.segments()) <= most)
+    places = archived_ids(settings)
+    assert len(places) == len(set(places)) == 2 * each
+
+
 def test_of_two_trainers_on_one_archive_the_second_says_so_and_ends(
     settings: Settings, tmp_path: Path
 ) -> None:
