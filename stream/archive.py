@@ -379,8 +379,11 @@ class Stats:
 class Archive:
     """Segments in a store. Writers hold `lock()`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, on_progress: Callable[[], None] = lambda: None) -> None:
+        """`on_progress` is called with each segment that is read or written: long work that still
+        moves can be told from work that hangs."""
         self.store = store
+        self._on_progress = on_progress
 
     def lock(self) -> Callable[[], None]:
         """Be the only writer; returns the way to give that up. Raises UserError."""
@@ -515,6 +518,7 @@ class Archive:
         return len(parts) - 1
 
     def _write(self, files: Mapping[str, Any]) -> None:
+        self._on_progress()
         try:
             self.store.write(files)
         except OSError as error:
@@ -603,6 +607,7 @@ class Archive:
         return pa.concat_tables([SCHEMA.empty_table(), *(self._load(s) for s in segments)])
 
     def _load(self, segment: Segment, names: list[str] | None = None) -> pa.Table:
+        self._on_progress()
         try:
             with self.store.read(segment.name) as file:
                 table = pq.read_table(file, columns=names)
