@@ -146,6 +146,20 @@ def test_small_segments_of_past_days_become_one(archive: Archive) -> None:
     assert set(late) == expected
 
 
+def test_long_work_shows_that_it_moves(tmp_path: Path, shop: list[ev.Event]) -> None:
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+
+    archive = Archive(Folder(tmp_path), step)
+    write(archive, shop, 0, N)
+    segments, before = len(archive.segments()), steps
+    assert archive.forget(7, {"nobody": N}) == 0
+    assert steps - before >= segments > 1
+
+
 class Dies(Exception):
     """The process ends here."""
 
