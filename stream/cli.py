@@ -476,13 +476,7 @@ def replay(
         utc_offset=utc_offset or None,
     )
     console.print(f"{data.description}\nRule: {data.rule}", highlight=False)
-    if _has_profiles(settings):
-        console.print(
-            f"Note: there are profiles in {settings.namespace} already, and events that are in "
-            "them count again if the topic is new: `penchant up --fresh` or another NAMESPACE "
-            "starts without them.",
-            highlight=False,
-        )
+    _note_profiles(settings, "events that are in them count again if the topic is new")
     with (
         EventProducer(settings.kafka.client_config(), settings.namespace) as sink,
         _progress("sent") as report,
@@ -508,6 +502,7 @@ def simulate(
     items: Annotated[int, typer.Option(help="Items of the catalogue.")] = 2_000,
     days: Annotated[float, typer.Option(help="Of event time; 0: without end.")] = 30.0,
     visits: Annotated[float, typer.Option(help="Of a shopper a day, on average.")] = 0.3,
+    shown: Annotated[int, typer.Option(help="Items shown before each view: impressions.")] = 3,
     drift_days: Annotated[
         float, typer.Option(help="After so long an interest is mostly another.")
     ] = 45.0,
@@ -563,8 +558,8 @@ def simulate(
     try:
         spec = Spec(
             shoppers=shoppers, items=items, days=days, visits_per_day=visits,
-            drift_days=drift_days, churn=churn, guests=guests, bots=bots, duplicates=duplicates,
-            late=late, start_ms=opens_ms, seed=seed,
+            shown=shown, drift_days=drift_days, churn=churn, guests=guests, bots=bots,
+            duplicates=duplicates, late=late, start_ms=opens_ms, seed=seed,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"no such shop: {error}") from error
@@ -595,6 +590,7 @@ def _send_simulated(simulated: Simulated, plan: Plan) -> None:
 
     settings = load_settings()
     connect(settings.kafka)
+    _note_profiles(settings, "simulated shoppers are put beside them")
     with (
         EventProducer(settings.kafka.client_config(), settings.namespace) as sink,
         _progress("simulated") as report,
@@ -654,6 +650,15 @@ def _time_ms(text: str, option: str) -> int | None:
         raise UserError(
             f"cannot read {option} {text!r}: write 1998-03-01 or 1998-03-01T12:00+02:00"
         ) from error
+
+
+def _note_profiles(settings: Settings, why: str) -> None:
+    if _has_profiles(settings):
+        console.print(
+            f"Note: there are profiles in {settings.namespace} already, and {why}: "
+            "`penchant up --fresh` or another NAMESPACE starts without them.",
+            highlight=False,
+        )
 
 
 def _has_profiles(settings: Settings) -> bool:

@@ -201,9 +201,8 @@ class Shop:
     def draw(self, topic: Ints, rng: np.random.Generator) -> Ints:
         """A random item of each topic, the popular ones more often; the shape of `topic`."""
         at = self._base[topic] + rng.random(topic.shape) * self._mass[topic]
-        found: Ints = self._by_topic[
-            np.minimum(np.searchsorted(self._up_to, at), len(self.topic) - 1)
-        ]
+        place = np.minimum(np.searchsorted(self._up_to, at), len(self.topic) - 1)
+        found: Ints = self._by_topic[place]
         return found
 
     def blocks(self) -> Iterator[Block]:

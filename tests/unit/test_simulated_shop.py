@@ -256,6 +256,15 @@ def test_traffic_follows_the_time_of_day_and_the_asked_rate() -> None:
     assert hours[20] > 5 * hours[3]
 
 
+def test_as_many_items_are_shown_as_asked() -> None:
+    for shown in (1, 4):
+        shop = Shop(Spec(shoppers=50, items=40, days=4, shown=shown))
+        rows = np.concatenate([block.rows for block in shop.blocks()])
+        of_type = np.bincount(rows["type"], minlength=len(EVENT_TYPES))
+        impressions, views = (of_type[EVENT_TYPES.index(name)] for name in ("impression", "view"))
+        assert impressions > shown * views > 0
+
+
 def test_bots_look_at_everything_and_buy_nothing() -> None:
     shop = Shop(Spec(shoppers=100, items=400, days=3, bots=0.2, guests=0.0))
     rows = np.concatenate([block.rows for block in shop.blocks()])
