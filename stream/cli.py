@@ -507,6 +507,7 @@ def simulate(
         float, typer.Option(help="After so long an interest is mostly another.")
     ] = 45.0,
     churn: Annotated[float, typer.Option(help="Chance to leave for good after a visit.")] = 0.02,
+    forgets: Annotated[float, typer.Option(help="Share of leavers who want to be erased.")] = 0.0,
     guests: Annotated[float, typer.Option(help="Visits of nobody known, per visit.")] = 0.1,
     bots: Annotated[float, typer.Option(help="Share of shoppers that are programs.")] = 0.0,
     duplicates: Annotated[float, typer.Option(help="Share of events that are sent twice.")] = 0.0,
@@ -558,8 +559,9 @@ def simulate(
     try:
         spec = Spec(
             shoppers=shoppers, items=items, days=days, visits_per_day=visits,
-            shown=shown, drift_days=drift_days, churn=churn, guests=guests, bots=bots,
-            duplicates=duplicates, late=late, start_ms=opens_ms, seed=seed,
+            shown=shown, drift_days=drift_days, churn=churn, forgets=forgets,
+            guests=guests, bots=bots, duplicates=duplicates, late=late, start_ms=opens_ms,
+            seed=seed,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"no such shop: {error}") from error

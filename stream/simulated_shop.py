@@ -26,6 +26,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from profiles.arithmetic import FORGET
 from profiles.schema import TYPE_CODE
 
 from .simulated_words import NOUNS, PICKS, TOPICS, ItemWords, describe
@@ -74,7 +75,7 @@ ROW: Final = np.dtype(
         ("session", "i8"),  # -1: outside of any
         ("item", "i4"),  # -1: none
         ("seed", "i4"),  # of the words
-        ("type", "u1"),  # index into schema.EVENT_TYPES
+        ("type", "u1"),  # index into schema.EVENT_TYPES, or FORGET
         ("topic", "i1"),  # of a search
         ("quantity", "u1"),
         ("rating", "u1"),
@@ -102,6 +103,8 @@ class Spec:
     """After so long an interest has kept 1/e of its correlation with what it was."""
     churn: float = 0.02
     """Chance to leave after a visit, for a shopper who is neither pleased nor annoyed."""
+    forgets: float = 0.0
+    """Share of those who leave that want to be erased; what they wrote before may come later."""
     guests: float = 0.1
     """Visits of nobody known, for each visit of a shopper."""
     bots: float = 0.0
@@ -124,7 +127,7 @@ class Spec:
         for name in ("visits_per_day", "drift_days"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0")
-        for name in ("churn", "guests", "bots", "duplicates", "late", "labelled"):
+        for name in ("churn", "forgets", "guests", "bots", "duplicates", "late", "labelled"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share from 0 to 1")
 
@@ -382,6 +385,8 @@ class _People:
             left = self._settle(at, outcome, rng)
             gone.append(self.user[left])
             gone_ms.append(self.last_ms[left])
+            erased = left[rng.random(len(left)) < self._shop.spec.forgets]
+            rows.append(_forgets(self.user[erased], self.last_ms[erased] + _HOUR_MS))
             self._replace(left, rng)
         all_rows = np.concatenate(rows)
         all_rows = all_rows[np.argsort(all_rows["ts"], kind="stable")]
@@ -436,6 +441,13 @@ class _People:
         self.user[left] = self._users + np.arange(len(left))
         self._users += len(left)
         self._begin(left, rng)
+
+
+def _forgets(user: Ints, ts: Ints) -> Rows:
+    rows = np.zeros(len(user), ROW)
+    rows["type"], rows["user"], rows["ts"] = FORGET, user, ts
+    rows["session"], rows["item"], rows["label"] = -1, -1, -1
+    return rows
 
 
 def _joined(seen: list[tuple[Ints, Ints, Ints, Interests]]) -> Visits:

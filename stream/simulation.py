@@ -13,6 +13,7 @@ from typing import Final, Literal, Self, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from profiles.arithmetic import FORGET
 from profiles.schema import EVENT_TYPES, TYPE_CODE
 
 from . import simulated_words as words
@@ -98,12 +99,15 @@ class _Teller:
         _, ts, n, user, session, item, seed, type_, topic, quantity, rating, label, told, found = (
             row
         )
+        kind = "forget" if type_ == FORGET else EVENT_TYPES[type_]
         head = (
-            f'{{"type":"{EVENT_TYPES[type_]}","event_id":"{event_id(self._shop.spec.seed, n)}",'
+            f'{{"type":"{kind}","event_id":"{event_id(self._shop.spec.seed, n)}",'
             f'"user_id":"{user_id(user)}","ts":{ts}'
         )
         if session >= 0:
             head += f',"session_id":"{_NAME}-{session}"'
+        if type_ == FORGET:
+            return head + "}"
         if type_ == _SEARCH:
             return f'{head},"query":"{words.query(topic, seed)}"}}'
         if type_ == _MESSAGE:

@@ -28,7 +28,14 @@ from stream.simulated_words import LABELS, NOUNS, TOPICS
 from stream.simulation import Events, Simulated, TruthFile, items, user_id, write_lines
 
 SPEC = Spec(
-    shoppers=150, items=300, days=40, visits_per_day=0.5, duplicates=0.03, late=0.05, churn=0.05
+    shoppers=150,
+    items=300,
+    days=40,
+    visits_per_day=0.5,
+    duplicates=0.03,
+    late=0.05,
+    churn=0.05,
+    forgets=0.3,
 )
 
 
@@ -83,7 +90,7 @@ def test_every_event_and_item_is_valid_and_says_that_it_is_simulated(told: list[
     values = [line.encode() for line in told]
     parsed = ev.parse(values, [SPEC.end_ms] * len(values), 0)
     assert parsed.rejects == []
-    assert {event.type for event in parsed.events} == set(EVENT_TYPES)
+    assert {event.type for event in parsed.events} == {*EVENT_TYPES, "forget"}
     assert [json.loads(e.to_json()) for e in parsed.events] == [
         json.loads(line) | {"schema_version": 1} for line in told
     ]
@@ -105,7 +112,8 @@ def test_the_words_of_a_topic_are_its_own() -> None:
 def test_nothing_is_bought_that_was_not_seen_in_the_visit(events: list[dict[str, Any]]) -> None:
     visits = defaultdict(list)
     for event in events:
-        if "session_id" in event:
+        # What is late at the end does not arrive any more.
+        if "session_id" in event and event["ts"] < SPEC.end_ms - DAY_MS:
             visits[event["session_id"]].append(event)
     bought = 0
     for visit in visits.values():
@@ -206,6 +214,16 @@ def test_who_left_does_not_visit_again_and_was_less_pleased(
     assert np.mean(ratings[True]) < np.mean(ratings[False])
     new = {row["user_id"] for row in truth["visit"]} - {user_id(n) for n in range(SPEC.shoppers)}
     assert {user for user in new if "guest" not in user}, "nobody followed those who left"
+
+
+def test_some_who_left_want_to_be_erased(
+    events: list[dict[str, Any]], truth: dict[str, list[dict[str, Any]]]
+) -> None:
+    left_ms = {row["user_id"]: row["t_ms"] for row in truth["churn"]}
+    erased = {event["user_id"]: event["ts"] for event in events if event["type"] == "forget"}
+    assert 0.1 < len(erased) / len(left_ms) < 0.5
+    for user, t_ms in erased.items():
+        assert t_ms > left_ms[user]
 
 
 def test_guests_come_once(truth: dict[str, list[dict[str, Any]]]) -> None:
