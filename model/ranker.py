@@ -102,18 +102,15 @@ def first_weights() -> Weights:
 def score(weights: Weights, signals: Floats, item_log_events: Floats, shopper: Floats) -> Floats:
     """Scores (..., C) of C items from signals (..., C, 4), counts (..., C), shopper (..., 3).
 
-    numpy alone, as `profiles/ranking.py` has it for readers; any leading axes. Counts of nothing
-    are 0, cosines of nothing are 0.
+    Any leading axes. Counts of nothing are 0, cosines of nothing are 0. Readers, who have no
+    torch, compute the same in `profiles/ranking.py`.
     """
-    known = item_log_events - _USUAL_LOG  # (..., C)
-    gate = (shopper @ weights["gate_shopper"].T + weights["gate"])[..., None, :]  # (..., 1, 4)
-    gate = np.logaddexp(0.0, gate + known[..., None] * weights["gate_item"])
-    shaped = signals * np.float32(_COSINE_SCALE)
-    shaped[..., _COUNTS[0] :] = np.log1p(signals[..., _COUNTS[0] :] * np.exp(weights["knee"]))
-    total = np.einsum("...k,...k->...", gate, shaped)
-    total += weights["item"][0] * known
-    total += weights["own_seen"][0] * (signals[..., _COUNTS[1]] > 0)
-    return np.asarray(total, dtype=np.float32)
+    import torch
+
+    tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
+    with torch.inference_mode():
+        given = (torch.from_numpy(each) for each in (signals, item_log_events, shopper))
+        return score_torch(tensors, *given).numpy()
 
 
 def score_torch(

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,7 @@ SCHEMA: Final = pa.schema(
         ("price", pa.float32()),  # of one piece, NaN = unknown
         ("quantity", pa.int32()),
         ("text", pa.string()),  # of a search, a review, a message
+        ("label", pa.string()),  # of a review, a message; "" = none
     ],
     metadata={"penchant.archive": "1"},
 )
@@ -313,6 +315,7 @@ def columns(source: int, offsets: Sequence[int], batch: Sequence[ev.Event]) -> p
         pa.array(np.array(prices, np.float32)),
         pa.array(np.array([f.get("quantity", 0) for f in fields], np.int32)),
         pa.array([f.get("text") or f.get("query", "") for f in fields], pa.string()),
+        pa.array([f.get("label") or "" for f in fields], pa.string()),
     ]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
@@ -335,7 +338,7 @@ def archived(tables: Iterable[pa.Table]) -> Archived:
         t_ms=table["t_ms"].to_numpy(),
         event=table["event"].to_numpy(),
         rating=table["rating"].to_numpy(),
-        label=np.full(len(table), "", object),
+        label=table["label"].to_numpy(),
         source=table["source"].to_numpy(),
         offset=table["offset"].to_numpy(),
     )
@@ -376,8 +379,11 @@ class Stats:
 class Archive:
     """Segments in a store. Writers hold `lock()`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, on_progress: Callable[[], None] = lambda: None) -> None:
+        """`on_progress` is called with each segment that is read or written: long work that still
+        moves can be told from work that hangs."""
         self.store = store
+        self._on_progress = on_progress
 
     def lock(self) -> Callable[[], None]:
         """Be the only writer; returns the way to give that up. Raises UserError."""
@@ -457,9 +463,11 @@ class Archive:
                 self._write({path: json.dumps(receipt).encode()})
         return sum(removed.values())
 
-    def compact(self) -> int:
+    def compact(self, most: int = sys.maxsize) -> int:
         """Merge small segments: those of one hour and partition, and all of a day and partition
-        if they are few bytes together. Segments saved."""
+        if they are few bytes together. What is left per partition is then a segment for a past day
+        with few events, 24 small ones for another, and large ones. At most about `most` segments
+        are read in one call, for callers that have other work. Segments saved; 0: nothing to do."""
         by_day: dict[tuple[int, int, int], dict[Segment, int]] = defaultdict(dict)
         present = self.segments()
         for segment, size in present.items():
@@ -467,6 +475,8 @@ class Archive:
         newest = max((day for day, _, _ in by_day), default=0)
         saved = 0
         for (day, _, _), sizes in by_day.items():
+            if saved >= most:
+                break
             if day < newest and sum(sizes.values()) <= _SMALL_BYTES:
                 saved += self._merge(list(sizes), _ALL_DAY, present)
                 continue
@@ -508,6 +518,7 @@ class Archive:
         return len(parts) - 1
 
     def _write(self, files: Mapping[str, Any]) -> None:
+        self._on_progress()
         try:
             self.store.write(files)
         except OSError as error:
@@ -596,18 +607,27 @@ class Archive:
         return pa.concat_tables([SCHEMA.empty_table(), *(self._load(s) for s in segments)])
 
     def _load(self, segment: Segment, names: list[str] | None = None) -> pa.Table:
+        self._on_progress()
         try:
             with self.store.read(segment.name) as file:
-                return pq.read_table(file, columns=names)
+                table = pq.read_table(file, columns=names)
+            return table if names else _complete(table)
         except pa.ArrowInvalid as error:
             raise UserError(
                 f"{segment.name} in the archive cannot be read ({error}): restore it or delete it"
             ) from error
 
 
+def _complete(table: pa.Table) -> pa.Table:
+    """A segment with the columns that it is too old to have: nothing was given there."""
+    if "label" not in table.column_names:
+        table = table.append_column("label", pa.array([""] * len(table), pa.string()))
+    return table
+
+
 def _parquet(table: pa.Table) -> Any:
     sink = pa.BufferOutputStream()
-    dictionaries = ["user", "item", "source", "type"]
+    dictionaries = ["user", "item", "source", "type", "label"]
     pq.write_table(table, sink, compression="zstd", use_dictionary=dictionaries)
     return sink.getvalue()
 

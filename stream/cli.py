@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from profiles import Profile, ProfileReader
 
     from .local_stack import Stack
+    from .replay import Plan
+    from .simulation import Simulated
 
 app = typer.Typer(
     help="Live profiles of shoppers: Kafka events through a text encoder into Redis. "
@@ -475,13 +477,7 @@ def replay(
         utc_offset=utc_offset or None,
     )
     console.print(f"{data.description}\nRule: {data.rule}", highlight=False)
-    if _has_profiles(settings):
-        console.print(
-            f"Note: there are profiles in {settings.namespace} already, and events that are in "
-            "them count again if the topic is new: `penchant up --fresh` or another NAMESPACE "
-            "starts without them.",
-            highlight=False,
-        )
+    _note_profiles(settings, "events that are in them count again if the topic is new")
     with (
         EventProducer(settings.kafka.client_config(), settings.namespace) as sink,
         _progress("sent") as report,
@@ -501,6 +497,148 @@ def replay(
         console.print(f"left out: {skip.rows:,} rows, {reason}", highlight=False)
 
 
+@app.command()
+def simulate(
+    shoppers: Annotated[int, typer.Option(help="At a time; who leaves is followed.")] = 1_000,
+    items: Annotated[int, typer.Option(help="Items of the catalogue.")] = 2_000,
+    days: Annotated[float, typer.Option(help="Of event time; 0: without end.")] = 30.0,
+    visits: Annotated[float, typer.Option(help="Of a shopper a day, on average.")] = 0.3,
+    shown: Annotated[int, typer.Option(help="Items shown before each view: impressions.")] = 3,
+    drift_days: Annotated[
+        float, typer.Option(help="After so long an interest is mostly another.")
+    ] = 45.0,
+    churn: Annotated[float, typer.Option(help="Chance to leave for good after a visit.")] = 0.02,
+    forgets: Annotated[float, typer.Option(help="Share of leavers who want to be erased.")] = 0.0,
+    guests: Annotated[float, typer.Option(help="Visits of nobody known, per visit.")] = 0.1,
+    bots: Annotated[float, typer.Option(help="Share of shoppers that are programs.")] = 0.0,
+    duplicates: Annotated[float, typer.Option(help="Share of events that are sent twice.")] = 0.0,
+    late: Annotated[float, typer.Option(help="Share of events that arrive late.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed, the same shop.")] = 0,
+    start: Annotated[
+        str,
+        typer.Option(
+            help="When it opens, as 2026-03-01. Without: 2026-01-01, and with --kafka the midnight "
+            "that lets it end before now."
+        ),
+    ] = "",
+    limit: Annotated[int | None, typer.Option(help="Stop after so many events.")] = None,
+    out: Annotated[str, typer.Option(help="File for JSON lines; -: standard output.")] = "-",
+    only: Annotated[
+        Literal["both", "items", "events"],
+        typer.Option(help="What lines to write; of both, items come first."),
+    ] = "both",
+    kafka: Annotated[bool, typer.Option("--kafka", help="Send to the topics instead.")] = False,
+    speed: Annotated[
+        float, typer.Option(help="With --kafka: times faster than time; 0: as fast as it goes.")
+    ] = 0.0,
+    rate: Annotated[
+        float, typer.Option(help="With --kafka: events per second at most; 0: no limit.")
+    ] = 0.0,
+    live: Annotated[
+        bool, typer.Option("--live", help="With --kafka: it opens now, and time is not sped up.")
+    ] = False,
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="Parquet file for what events do not say: interests, churn, labels."),
+    ] = None,
+) -> None:
+    """A simulated shop: shoppers with known interests that drift, and what they do.
+
+    Writes JSON lines, or sends to Kafka with --kafka. Nothing measured on it is about people.
+    """
+    from .replay import Plan
+    from .simulated_shop import DAY_MS, Shop, Spec
+    from .simulation import Simulated, TruthFile
+
+    opens_ms = _time_ms(start, "--start") or Spec.start_ms
+    now_ms = int(datetime.now(UTC).timestamp() * 1000)
+    _check_simulation(days, kafka=kafka, live=live, start=start, paced=bool(speed or rate))
+    if live:
+        opens_ms, speed = now_ms, 1.0
+    elif kafka and not start:
+        opens_ms = (now_ms - int(days * DAY_MS)) // DAY_MS * DAY_MS
+    try:
+        spec = Spec(
+            shoppers=shoppers, items=items, days=days, visits_per_day=visits,
+            shown=shown, drift_days=drift_days, churn=churn, forgets=forgets,
+            guests=guests, bots=bots, duplicates=duplicates, late=late, start_ms=opens_ms,
+            seed=seed,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"no such shop: {error}") from error
+    shop = Shop(spec)
+    with TruthFile(truth, shop) if truth else nullcontext() as file:
+        simulated = Simulated(shop, file.add if file else None)
+        if kafka:
+            plan = Plan(speed=speed, rate=rate, limit=limit, origin_ms=opens_ms if live else None)
+            _send_simulated(simulated, plan)
+        else:
+            _write_simulated(simulated, out, only, limit)
+
+
+def _check_simulation(days: float, *, kafka: bool, live: bool, start: str, paced: bool) -> None:
+    if (live or paced) and not kafka:
+        raise UserError("--live, --speed and --rate pace what is sent: add --kafka")
+    if live and start:
+        raise UserError("a live shop opens now: leave --start or --live out")
+    if kafka and not live and not start and not days:
+        raise UserError("a shop without end has none before now: give --days, --start or --live")
+
+
+def _send_simulated(simulated: Simulated, plan: Plan) -> None:
+    from .producer import EventProducer
+    from .replay import Progress as Sent
+    from .replay import Replay
+    from .topics import connect
+
+    settings = load_settings()
+    connect(settings.kafka)
+    _note_profiles(settings, "simulated shoppers are put beside them")
+    with (
+        EventProducer(settings.kafka.client_config(), settings.namespace) as sink,
+        _progress("simulated") as report,
+    ):
+
+        def show(sent: Sent) -> None:
+            report(sent.events, plan.limit)
+
+        summary = Replay(simulated, sink, plan, on_progress=show).run()
+    by_type = ", ".join(f"{n:,} {name}" for name, n in summary.events.most_common())
+    console.print(
+        f"simulated: {summary.items:,} items, {by_type or 'no events'} in {summary.wall_s:.1f} s "
+        f"({summary.events.total() / max(summary.wall_s, 1e-9):,.0f} events/s)",
+        highlight=False,
+    )
+
+
+def _write_simulated(
+    simulated: Simulated, out: str, only: Literal["both", "items", "events"], limit: int | None
+) -> None:
+    from .simulation import write_lines
+
+    try:
+        with (
+            nullcontext(sys.stdout) if out == "-" else _create(Path(out)) as file,
+            _progress("simulated") as report,
+        ):
+            items, events = write_lines(
+                simulated, file, only=only, limit=limit, on_events=lambda n: report(n, limit)
+            )
+            file.flush()
+    except BrokenPipeError:
+        # `| head` has seen enough; Python would complain when it closes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    _errors.print(f"simulated: {items:,} items, {events:,} events", highlight=False)
+
+
+def _create(path: Path) -> Any:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 def _time_ms(text: str, option: str) -> int | None:
     """An ISO date or time, in UTC unless it says otherwise; None for none."""
     from .tables import parse_time_ms
@@ -515,6 +653,15 @@ def _time_ms(text: str, option: str) -> int | None:
         raise UserError(
             f"cannot read {option} {text!r}: write 1998-03-01 or 1998-03-01T12:00+02:00"
         ) from error
+
+
+def _note_profiles(settings: Settings, why: str) -> None:
+    if _has_profiles(settings):
+        console.print(
+            f"Note: there are profiles in {settings.namespace} already, and {why}: "
+            "`penchant up --fresh` or another NAMESPACE starts without them.",
+            highlight=False,
+        )
 
 
 def _has_profiles(settings: Settings) -> bool:
@@ -730,8 +877,8 @@ def evaluate(
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, silence elsewhere; yields report(done, total)."""
+def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on a terminal, silence elsewhere; yields report(done, total or None)."""
     with Progress(
         TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=_errors, disable=not _errors.is_terminal,

@@ -79,6 +79,7 @@ EVENT_COLUMNS: Final = (
     "text",
     "query",
     "channel",
+    "label",
     "placement",
     "campaign",
 )

@@ -185,6 +185,13 @@ ShortId = Annotated[
 ]
 Name = Annotated[str, StringConstraints(max_length=NAME_LIMIT)]
 Title = Annotated[str, StringConstraints(max_length=TITLE_LIMIT)]
+Label = Annotated[
+    ShortId | None,
+    Field(
+        description="What people found it to be, such as `negative` or `refund`; absent: unknown. "
+        "To give a label later, send the event again with its event_id and ts."
+    ),
+]
 Price = Annotated[float, Field(ge=0, le=PRICE_LIMIT)]
 # The shape only: a list of codes in here would grow old and throw purchases away.
 Currency = Annotated[str, StringConstraints(pattern="^[A-Z]{3}$")]
@@ -279,6 +286,7 @@ class Review(ItemEvent):
     type: Literal["review"] = "review"
     rating: Annotated[float, Field(ge=1, le=5, description="1 (worst) to 5.")]
     text: Annotated[str, StringConstraints(max_length=TEXT_LIMIT)] = ""
+    label: Label = None
 
 
 class Impression(ItemEvent):
@@ -302,6 +310,7 @@ class Message(EventBase):
     type: Literal["message"] = "message"
     text: Annotated[str, StringConstraints(max_length=TEXT_LIMIT, pattern=r"\S")]
     channel: Name | None = None
+    label: Label = None
 
 
 class Forget(EventBase):
@@ -594,6 +603,7 @@ _PATTERN_RULE: Final = {
     "item_id": _ID_RULE,
     "event_id": _ID_RULE,
     "session_id": _ID_RULE,
+    "label": "a label has no control characters, and no white space at its ends",
     "currency": "send an ISO 4217 code such as EUR",
     "query": "send at least one character that is not white space",
     "text": "send at least one character that is not white space",

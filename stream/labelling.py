@@ -4,7 +4,8 @@ PURE. It knows event types and what a label means; it does not know files, Kafka
 
 The result is a function of the set of events alone. Rows may come in any order, in any pieces,
 and more than once (a segment read twice, ranges that overlap after a crash): each offset of a
-source counts once, and event time orders what is left.
+source counts once, and event time orders what is left. An event that was sent again counts once
+too, with the label that arrived last.
 
 No label looks back: it is made of events after the one that ends the window, and the window of
 events up to that one. A label whose horizon has not passed at `now_ms` is held back, also where
@@ -14,7 +15,7 @@ its answer is known already: otherwise the newest windows would be positive or a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -105,6 +106,7 @@ def label(
     user = _ranks(e.users)[e.user] if len(e) else e.user
     order = np.lexsort((e.offset, e.source, e.t_ms, user))
     e, user = _take(e, order), user[order]
+    e = replace(e, label=_latest_labels(user, e))
     fresh = np.flatnonzero(_is_first_of_its_id(user, e.event))
     e, user = _take(e, fresh), user[fresh]
 
@@ -200,6 +202,22 @@ def _is_first_of_its_id(user: Int32s, event: Keys64) -> Bools:
     new[1:] = (user[order[1:]] != user[order[:-1]]) | (event[order[1:]] != event[order[:-1]])
     first[order[new]] = True
     return first
+
+
+def _latest_labels(user: Int32s, e: Archived) -> NDArray[np.object_]:
+    """(n,) labels, where a repeat of an event brings one: people look at a message later than the
+    shop's producer did. Of several the one that arrived last counts."""
+    given: NDArray[np.object_] = e.label.copy()
+    places: dict[tuple[int, int], str] = {}
+    told = np.flatnonzero((e.label != "") & (e.event != 0))
+    for at in told[np.lexsort((e.offset[told], e.source[told]))].tolist():
+        places[int(user[at]), int(e.event[at])] = e.label[at]
+    if places:
+        of_event = {event for _, event in places}
+        named = np.flatnonzero(np.isin(e.event, np.array(sorted(of_event), np.uint64)))
+        for at in named.tolist():
+            given[at] = places.get((int(user[at]), int(e.event[at])), given[at])
+    return given
 
 
 def _next(wanted: Bools, end: Ints) -> Ints:

@@ -17,6 +17,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from .errors import UserError
+
 REGISTRY: Final = CollectorRegistry()
 
 # Counters. Rates of the first three say what the worker does; the others should stay low.
@@ -106,6 +108,44 @@ RELEASES_REFUSED: Final = Counter(
     "Releases that could not be used; the live one serves on. Any: see the log",
     registry=REGISTRY,
 )
+
+# The trainer's.
+EVENTS_ARCHIVED: Final = Counter(
+    "penchant_events_archived",
+    "Events written to the archive; after a crash some again. Standing still while events flow: "
+    "look at the lag",
+    registry=REGISTRY,
+)
+ARCHIVE_SEGMENTS: Final = Gauge(
+    "penchant_archive_segments",
+    "Segments of the archive, as of the last tidying. Rising by far more than a day's worth: "
+    "merging does not keep up",
+    registry=REGISTRY,
+)
+ARCHIVE_BYTES: Final = Gauge(
+    "penchant_archive_bytes",
+    "Size of the archive, as of the last tidying. At ARCHIVE_MAX_GB the oldest events go",
+    registry=REGISTRY,
+)
+LEARN_TURNS: Final = Counter(
+    "penchant_learn_turns",
+    "Turns of fine-tuning: accepted (live now), rejected (by the gate), failed (see the log; a "
+    "young archive has nothing to learn from yet)",
+    ["outcome"], registry=REGISTRY,
+)  # fmt: skip
+LEARN_LAST_S: Final = Gauge(
+    "penchant_learn_last_seconds", "How long the last turn took, from start to verdict",
+    registry=REGISTRY,
+)  # fmt: skip
+LEARN_ENDED_S: Final = Gauge(
+    "penchant_learn_last_end_timestamp_seconds",
+    "Unix time at which the last turn ended. Older than two or three LEARN_EVERY_S: it hangs",
+    registry=REGISTRY,
+)
+RELEASE: Final = Gauge(
+    "penchant_release", "1 for the release that is live, as the trainer sees it", ["release"],
+    registry=REGISTRY,
+)  # fmt: skip
 
 # Gauges.
 LAG: Final = Gauge(
@@ -198,3 +238,15 @@ class MetricsServer:
         """Close the port."""
         self._server.shutdown()
         self._server.server_close()
+
+
+def serve(port: int, live: Probe, ready: Probe) -> MetricsServer | None:
+    """A server on STREAM_METRICS_PORT; None where that is 0. UserError if the port is taken."""
+    if not port:
+        return None
+    try:
+        return MetricsServer(port, live, ready)
+    except OSError as error:
+        raise UserError(
+            f"port {port} is taken ({error.strerror}): set STREAM_METRICS_PORT to another"
+        ) from error

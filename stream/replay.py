@@ -1,4 +1,4 @@
-"""Feed a recorded data set to the topics: the catalogue first, then events in event time.
+"""Feed a recorded (or simulated) set to the topics: the catalogue first, then events in event time.
 
 Knows when an event is due and what was sent. Does not know where the events come from, how they
 reach Kafka, or what time it is: data set, sink and clock are given.
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from .datasets import Dataset
 from .errors import UserError
 from .events import Event, Item
 from .tables import Skip
@@ -37,6 +36,29 @@ class Sink(Protocol):
     def send(self, event: Event) -> None: ...
     def send_item(self, item: Item) -> None: ...
     def flush(self) -> None: ...
+
+
+class EventSource(Protocol):
+    """Events in the order in which they are to be sent; `stream.datasets.Records` is one."""
+
+    @property
+    def invalid(self) -> Mapping[str, Skip]: ...
+    def __iter__(self) -> Iterator[Event]: ...
+
+
+class Recording(Protocol):
+    """What can be replayed; `stream.datasets.Dataset` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def items(self) -> Iterable[Item]: ...
+    @property
+    def events(self) -> EventSource: ...
+    @property
+    def last_ms(self) -> int: ...
+    @property
+    def skipped(self) -> dict[str, Skip]: ...
 
 
 class Clock(Protocol):
@@ -74,6 +96,8 @@ class Plan:
     """Recorded times from here on (inclusive) ..."""
     end_ms: int | None = None
     """... up to here (exclusive)."""
+    origin_ms: int | None = None
+    """With a speed: the recorded time that stands for the start; None: the first event's."""
     shift_to_now: bool = False
     """Move all event times by one amount, so that the last lies at the start of the replay.
 
@@ -129,14 +153,17 @@ class Summary:
 class Pacer:
     """PURE. When each event is due, in seconds of the caller's clock.
 
-    With a speed, the first event is due at once and the others keep their recorded distances,
-    divided by the speed. Whoever is late sends what is overdue at once, which is as much as was
-    missed. A rate is a cap on top: in any t seconds at most rate * (t + 0.05) + 1 events are
-    due, so a pause is not followed by a burst.
+    With a speed, the first event (or one of `origin_ms`) is due at once, and the others keep their
+    recorded distances, divided by the speed. Whoever is late sends what is overdue at once, which
+    is as much as was missed. A rate is a cap on top: in any t seconds at most rate * (t + 0.05) + 1
+    events are due, so a pause is not followed by a burst.
     """
 
-    def __init__(self, speed: float | None, rate: float | None) -> None:
+    def __init__(
+        self, speed: float | None, rate: float | None, origin_ms: int | None = None
+    ) -> None:
         self._speed, self._gap_s = speed or None, 1 / rate if rate else 0.0
+        self._origin_ms = origin_ms
         self._origin: tuple[int, float] | None = None  # first ts in ms, clock at that time
         self._slot_s = float("-inf")
         self.lag_s = 0.0
@@ -145,7 +172,7 @@ class Pacer:
     def due_s(self, ts_ms: int, now_s: float) -> float:
         """The clock's reading at which the next event, of that recorded time, is to be sent."""
         if self._origin is None:
-            self._origin = ts_ms, now_s
+            self._origin = ts_ms if self._origin_ms is None else self._origin_ms, now_s
         due_s = now_s
         if self._speed:
             first_ms, origin_s = self._origin
@@ -163,7 +190,7 @@ class Replay:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Recording,
         sink: Sink,
         plan: Plan,
         on_progress: Callable[[Progress], None] | None = None,
@@ -172,7 +199,7 @@ class Replay:
         self._dataset, self._sink, self._plan = dataset, sink, plan
         self._on_progress = on_progress
         self._clock = clock or SystemClock()
-        self._pacer = Pacer(plan.speed, plan.rate)
+        self._pacer = Pacer(plan.speed, plan.rate, plan.origin_ms)
         self._stopping = False
         self._items = 0
         self._events: Counter[str] = Counter()

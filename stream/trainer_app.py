@@ -16,9 +16,13 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 from mode import Service
+
+from model.errors import ModelError
+from model.releases import current_name
 
 from . import events as ev
 from . import metrics
@@ -42,6 +46,11 @@ _BATCH_RECORDS: Final = 16_384
 _GATHER_MS: Final = 500.0
 _LOOK_S: Final = 0.1
 _TIDY_EVERY_S: Final = 60.0
+# A flush of events of months leaves a segment for each day or hour: who has nothing else to do
+# merges them soon, and in steps, so that events which come meanwhile wait for a step at most.
+_TIDY_IDLE_S: Final = 3.0
+_RELEASE_EVERY_S: Final = 10.0
+_TIDY_STEP: Final = 200  # segments; a second or so on a disk
 
 
 class Ingest:
@@ -56,6 +65,8 @@ class Ingest:
         self._rows = 0
         self._since_s = time.monotonic()
         self._tidied_s = time.monotonic()
+        self._taken_s = time.monotonic()
+        self._untidy = True  # what a process that died left
 
     @property
     def waiting(self) -> int:
@@ -64,8 +75,9 @@ class Ingest:
 
     def take(self, batch: MicroBatch) -> None:
         """Parse a micro-batch and keep its events for the next flush."""
+        self._taken_s = time.monotonic()
         if not self._batches:
-            self._since_s = time.monotonic()
+            self._since_s = self._taken_s
         self._batches.append(batch)
         for piece in batch.slices:
             parsed = ev.parse(piece.values, piece.timestamps_ms, self._max_ahead_ms)
@@ -91,23 +103,31 @@ class Ingest:
     def flush(self) -> list[MicroBatch]:
         """Write what waits; the micro-batches that are durable now."""
         for pending in self._pending.values():
-            self._archive.write(pending)
+            metrics.EVENTS_ARCHIVED.inc(self._archive.write(pending))
+        self._untidy |= bool(self._pending)
         done, self._batches = self._batches, []
         self._pending, self._rows = {}, 0
         return done
 
-    def tidy(self, *, now: bool = False) -> None:
-        """Once in a while: retention by age and size, and small segments merged."""
-        if not now and time.monotonic() - self._tidied_s < _TIDY_EVERY_S:
+    def tidy(self) -> None:
+        """Once in a while, and when idle: retention by age and size, and a step of merging small
+        segments."""
+        now_s = time.monotonic()
+        waits = now_s - self._tidied_s < _TIDY_EVERY_S and now_s - self._taken_s < _TIDY_IDLE_S
+        if not self._untidy or waits:
             return
         settings = self._settings
         expired = self._archive.expire(
             int(settings.retention_days * _DAY_MS), int(settings.max_gb * _GB)
         )
-        saved = self._archive.compact()
+        saved = self._archive.compact(_TIDY_STEP)
         if expired or saved:
             log.info("archive: %d segments expired, %d merged away", expired, saved)
-        self._tidied_s = time.monotonic()
+        sizes = self._archive.segments()
+        metrics.ARCHIVE_SEGMENTS.set(len(sizes))
+        metrics.ARCHIVE_BYTES.set(sum(sizes.values()))
+        if saved < _TIDY_STEP:
+            self._untidy, self._tidied_s = False, time.monotonic()
 
 
 class _Clock(Service):  # type: ignore[misc]
@@ -128,9 +148,10 @@ class _Schedule(Service):  # type: ignore[misc]
     """Runs `penchant learn` every so often, as a process of its own: its memory is given back, and
     the archive is written while it computes. It yields to workers on the same machine."""
 
-    def __init__(self, every_s: float) -> None:
+    def __init__(self, every_s: float, releases: Path) -> None:
         super().__init__()
         self._every_s = every_s
+        self._releases = releases
 
     @Service.task  # type: ignore[untyped-decorator]
     async def _run(self) -> None:
@@ -140,6 +161,7 @@ class _Schedule(Service):  # type: ignore[misc]
                 await self._learn()
 
     async def _learn(self) -> None:
+        before, begun_s = _live(self._releases), time.monotonic()
         learning = await asyncio.create_subprocess_exec(
             "nice", "-n", "10", sys.executable, "-m", "stream.cli", "learn",
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
@@ -153,12 +175,24 @@ class _Schedule(Service):  # type: ignore[misc]
             raise
         for line in said.decode(errors="replace").splitlines():
             log.log(logging.WARNING if learning.returncode else logging.INFO, "learn: %s", line)
+        outcome = "accepted" if _live(self._releases) != before else "rejected"
+        metrics.LEARN_TURNS.labels("failed" if learning.returncode else outcome).inc()
+        metrics.LEARN_LAST_S.set(time.monotonic() - begun_s)
+        metrics.LEARN_ENDED_S.set_to_current_time()
+
+
+def _live(releases: Path) -> str:
+    """The id of the live release; "" where there is none."""
+    try:
+        return current_name(releases)
+    except ModelError:
+        return ""
 
 
 def schedule(settings: Settings) -> tuple[Any, ...]:
     """The services that fine-tune as the settings say."""
     every_s = settings.learn.every_s
-    return (_Schedule(every_s),) if every_s else ()
+    return (_Schedule(every_s, settings.model.releases),) if every_s else ()
 
 
 class Trainer:
@@ -173,7 +207,7 @@ class Trainer:
         if missing:
             raise UserError(f"no topic {', '.join(missing)}: run `penchant topics create`")
         try:
-            self.archive = Archive(open_store(settings.archive.url))
+            self.archive = Archive(open_store(settings.archive.url), self._progressed)
             self._unlock: Callable[[], None] = self.archive.lock()
         except OSError as error:
             raise UserError(
@@ -184,6 +218,8 @@ class Trainer:
             self.archive, settings.archive, int(settings.stream.max_ahead_s * 1000)
         )
         self._thread = ThreadPoolExecutor(1, "archive")
+        self._settings = settings
+        self._release_seen_s = float("-inf")
         self.error: BaseException | None = None
         settings.stream.data_dir.mkdir(parents=True, exist_ok=True)
         self.app = UpdaterApp(
@@ -237,16 +273,37 @@ class Trainer:
             redirect_stdouts=False, quiet=True,
         )  # fmt: skip
         worker.spinner = None
+        server = metrics.serve(self._settings.stream.metrics_port, self.live, self.ready)
         try:
             worker.execute_from_commandline()
         except SystemExit as stop:
             if stop.code and self.error is None:
                 raise
         finally:
+            if server is not None:
+                server.stop()
             self._thread.shutdown()
             self._unlock()
         if self.error is not None:
             raise self.error
+
+    def live(self) -> tuple[bool, str]:
+        """Whether the consumer turns, and what it hands out gets written, or erased, in time."""
+        # A batch rightly waits for its flush.
+        stuck = self.intake.stuck(time.monotonic() - self._settings.archive.flush_s)
+        return not stuck, stuck or "ok"
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether the trainer holds partitions and has not failed."""
+        if self.error is not None:
+            return False, str(self.error)
+        if not self.intake.assigned():
+            return False, "no partitions assigned (yet, or another trainer has them)"
+        return True, "ok"
+
+    def _progressed(self) -> None:
+        # Erasing a shopper reads the whole archive: long, and no reason to be restarted.
+        self.intake.last_progress_s = time.monotonic()
 
     async def _take(self, batch: MicroBatch) -> None:
         begun = self.intake.begin(batch)
@@ -260,12 +317,19 @@ class Trainer:
 
     def _written(self) -> list[MicroBatch]:
         """The batches that are durable now. On the archive's thread, so one at a time."""
-        if not (self._ingest.due() or self.intake.draining()):
-            return []
-        done = self._ingest.flush()
-        if not self.intake.draining():
+        draining = self.intake.draining()
+        done = self._ingest.flush() if self._ingest.due() or draining else []
+        if not draining:
             self._ingest.tidy()
+            self._look_at_release()
         return done
+
+    def _look_at_release(self) -> None:
+        if time.monotonic() - self._release_seen_s > _RELEASE_EVERY_S:
+            self._release_seen_s = time.monotonic()
+            metrics.RELEASE.clear()
+            if name := _live(self._settings.model.releases):
+                metrics.RELEASE.labels(name).set(1)
 
     async def _call(self, work: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(self._thread.submit(work))

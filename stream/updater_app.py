@@ -310,7 +310,7 @@ class Worker:
     def run(self) -> None:
         """Run until a signal; raises what made it stop otherwise."""
         gc.set_threshold(*_GC_THRESHOLDS)
-        server = self._serve_metrics()
+        server = metrics.serve(self._settings.stream.metrics_port, self.live, self.ready)
         self._swapper.start()
         worker = FaustWorker(
             self.app, loglevel="INFO", logging_config=None, override_logging=False,
@@ -350,17 +350,6 @@ class Worker:
         if not self.intake.assigned():
             return False, "no partitions assigned (yet, or more workers than partitions)"
         return True, "ok"
-
-    def _serve_metrics(self) -> metrics.MetricsServer | None:
-        port = self._settings.stream.metrics_port
-        if not port:
-            return None
-        try:
-            return metrics.MetricsServer(port, self.live, self.ready)
-        except OSError as error:
-            raise UserError(
-                f"port {port} is taken ({error.strerror}): set STREAM_METRICS_PORT to another"
-            ) from error
 
     def _failed(self, error: BaseException) -> None:
         """Remember the first failure and stop the process, in order."""

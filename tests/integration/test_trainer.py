@@ -6,21 +6,40 @@ from __future__ import annotations
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
+from prometheus_client.parser import text_string_to_metric_families
 
 from stream.archive import HOUR_MS, Archive, Folder
 from stream.local_stack import ApacheKafka
-from stream.settings import ArchiveSettings, KafkaSettings, Settings, StreamSettings
+from stream.processes import free_port
+from stream.settings import (
+    ArchiveSettings,
+    KafkaSettings,
+    LearnSettings,
+    ModelSettings,
+    RedisSettings,
+    Settings,
+    StreamSettings,
+)
 from stream.topics import create_topics
 from tests.archived_events import records
-from tests.integration.worker_process import REPOSITORY, ends, environment, eventually
+from tests.integration.worker_process import (
+    REPOSITORY,
+    build_tiny_release,
+    ends,
+    environment,
+    eventually,
+)
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
 
@@ -158,6 +177,97 @@ def test_what_is_no_event_is_passed_by_and_forget_erases(
         eventually("the shopper is gone", lambda: not archived_ids(settings))
         eventually("all is committed", lambda: all_committed(settings))
     assert Archive(Folder(Path(settings.archive.url))).stats().receipts == PARTITIONS
+
+
+def test_an_idle_trainer_merges_small_segments_whenever_it_was_killed(
+    settings: Settings, tmp_path: Path
+) -> None:
+    archive = Archive(Folder(Path(settings.archive.url)))
+    days, each = 60, 1_000
+    for n in range(2):  # two flushes, so that a day lies in two segments
+        produce(settings, records(each, seed=n, users=500, span_ms=days * 24 * HOUR_MS))
+        with TrainerProcess(settings, tmp_path):
+            eventually("it is archived", lambda: len(archived_ids(settings)) == (n + 1) * each)  # noqa: B023
+    before = len(archive.segments())
+    assert before > 1.5 * days * PARTITIONS
+    with TrainerProcess(settings, tmp_path) as trainer:
+        eventually("merging begins", lambda: len(archive.segments()) < before)
+        trainer.process.send_signal(signal.SIGKILL)
+        trainer.process.wait()
+    assert len(archive.segments()) > days * PARTITIONS, "it was done already: nothing was proved"
+    with TrainerProcess(settings, tmp_path):
+        most = (days - 1 + 24) * PARTITIONS
+        eventually("it is merged", lambda: len(archive.segments()) <= most)
+    places = archived_ids(settings)
+    assert len(places) == len(set(places)) == 2 * each
+
+
+def answer(settings: Settings, path: str) -> tuple[int, str]:
+    try:
+        url = f"http://127.0.0.1:{settings.stream.metrics_port}{path}"
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
+
+
+def metric(settings: Settings, name: str, **labels: str) -> float | None:
+    text = answer(settings, "/metrics")[1]
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    found = [s.value for s in samples if s.name == name and labels.items() <= s.labels.items()]
+    return sum(found) if found else None
+
+
+def test_metrics_and_probes_say_how_the_trainer_is(settings: Settings, tmp_path: Path) -> None:
+    release = build_tiny_release(tmp_path)
+    settings = settings.model_copy(
+        update={
+            "stream": settings.stream.model_copy(update={"metrics_port": free_port()}),
+            "model": ModelSettings(releases=tmp_path / "releases", device="cpu"),
+            "learn": LearnSettings(every_s=1.0),
+            # Nobody listens there: the turn fails, and the trainer goes on.
+            "redis": RedisSettings(url=f"redis://127.0.0.1:{free_port()}/0", patience_s=0),
+        }
+    )
+    produce(settings, records(300))
+    with TrainerProcess(settings, tmp_path) as trainer:
+        eventually("it is ready", lambda: answer(settings, "/healthz/ready")[0] == 200)
+        assert answer(settings, "/healthz/live") == (200, "ok\n")
+        eventually(
+            "all is archived", lambda: metric(settings, "penchant_events_archived_total") == 300
+        )
+        eventually("no lag", lambda: metric(settings, "penchant_lag_records") == 0)
+        segments = len(Archive(Folder(Path(settings.archive.url))).segments())
+        eventually(
+            "it knows its segments",
+            lambda: metric(settings, "penchant_archive_segments") == segments,
+        )
+        assert (metric(settings, "penchant_archive_bytes") or 0) > 1_000
+        eventually(
+            "it knows what is live",
+            lambda: metric(settings, "penchant_release", release=release.id) == 1,
+        )
+        eventually(
+            "a turn was tried",
+            lambda: metric(settings, "penchant_learn_turns_total", outcome="failed"),
+        )
+        assert (metric(settings, "penchant_learn_last_seconds") or 0) > 0.1
+        ended_s = metric(settings, "penchant_learn_last_end_timestamp_seconds")
+        assert ended_s == pytest.approx(time.time(), abs=60)
+        assert "learn: penchant: " in trainer.log
+        trainer.process.send_signal(signal.SIGTERM)
+        assert trainer.process.wait(60) == 0, trainer.log
+
+
+def test_a_taken_metrics_port_is_named(settings: Settings, tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        stream = settings.stream.model_copy(update={"metrics_port": port})
+        with TrainerProcess(settings.model_copy(update={"stream": stream}), tmp_path) as trainer:
+            assert trainer.process.wait(60) == 1
+            assert f"port {port} is taken" in trainer.log
 
 
 def test_of_two_trainers_on_one_archive_the_second_says_so_and_ends(

@@ -3,11 +3,16 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -67,6 +72,37 @@ def test_events_come_back_whole_in_event_time(archive: Archive, shop: list[ev.Ev
         assert (row["rating"] == 4.5) == (event.type == "review")
 
 
+def test_labels_reach_the_windows(archive: Archive) -> None:
+    shopper = {"user_id": "u", "ts": T0_MS}
+    events: list[ev.Event] = [
+        ev.Message(**shopper, event_id="m", text="It broke."),
+        ev.Review(**shopper, item_id="i", rating=1, label="negative"),
+        ev.Message(**shopper, event_id="m", text="It broke.", label="refund"),
+    ]
+    write(archive, events, 0, 3)
+    windows = label(archived(archive.read()), {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), T0_MS)
+    assert windows.label == ["refund", "negative"]
+
+
+def test_segments_of_before_labels_are_read_merged_and_erased_from(archive: Archive) -> None:
+    events = parsed(records(60, span_ms=DAY_MS // 2))
+    write(archive, events, 0, 60)
+    for segment in archive.segments():
+        with archive.store.read(segment.name) as file:
+            old = pq.read_table(file).drop_columns("label")
+        sink = pa.BufferOutputStream()
+        pq.write_table(old, sink)
+        archive.store.write({segment.name: sink.getvalue()})
+    late = ev.View(user_id="u", item_id="i", ts=T0_MS + 2 * DAY_MS)
+    write(archive, [*events, late], 60, 61)
+    assert sorted(offsets(archive)) == list(range(61))
+    assert archive.forget(7, {events[0].user_id: 60}) > 0
+    assert archive.compact() > 0
+    table = pa.concat_tables(archive.read())
+    assert set(table["label"].to_pylist()) == {""}
+    assert events[0].user_id not in table["user"].to_pylist()
+
+
 @pytest.mark.usefixtures("way_of_reading")
 def test_a_range_is_read_to_the_millisecond(archive: Archive, shop: list[ev.Event]) -> None:
     write(archive, shop, 0, N)
@@ -108,6 +144,113 @@ def test_small_segments_of_past_days_become_one(archive: Archive) -> None:
     late = offsets(archive, T0_MS + 5 * HOUR_MS, T0_MS + 6 * HOUR_MS)
     expected = {i for i, e in enumerate(shop) if 5 <= (e.ts - T0_MS) / HOUR_MS < 6}
     assert set(late) == expected
+
+
+def test_long_work_shows_that_it_moves(tmp_path: Path, shop: list[ev.Event]) -> None:
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+
+    archive = Archive(Folder(tmp_path), step)
+    write(archive, shop, 0, N)
+    segments, before = len(archive.segments()), steps
+    assert archive.forget(7, {"nobody": N}) == 0
+    assert steps - before >= segments > 1
+
+
+class Dies(Exception):
+    """The process ends here."""
+
+
+class Mortal(Folder):
+    """A folder whose process dies before its n-th change."""
+
+    def __init__(self, path: Path, changes: int) -> None:
+        super().__init__(path)
+        self.left = changes
+
+    def _change(self) -> None:
+        if self.left == 0:
+            raise Dies
+        self.left -= 1
+
+    def write(self, files: Mapping[str, Any]) -> None:
+        self._change()
+        super().write(files)
+
+    def remove(self, name: str) -> None:
+        self._change()
+        super().remove(name)
+
+
+def sparse(folder: Path) -> tuple[Archive, list[ev.Event]]:
+    """100 events of 10 days from two partitions, in many small segments."""
+    events = parsed(records(100, span_ms=10 * DAY_MS, users=5))
+    archive = Archive(Folder(folder))
+    for source, half in ((1, events[::2]), (2, events[1::2])):
+        for first in range(0, 50, 25):
+            write(archive, half, first, first + 25, source)
+    return archive, events
+
+
+def places(archive: Archive) -> list[tuple[int, int]]:
+    return [
+        place
+        for t in archive.read()
+        for place in zip(t["source"].to_pylist(), t["offset"].to_pylist(), strict=True)
+    ]
+
+
+def test_a_sparse_archive_has_a_segment_per_day_and_partition(tmp_path: Path) -> None:
+    archive, events = sparse(tmp_path)
+    before = len(archive.segments())
+    steps = 0
+    while archive.compact(5):
+        steps += 1
+    assert steps > 2
+    days = [{e.ts // DAY_MS for e in half} for half in (events[::2], events[1::2])]
+    newest = max(days[0] | days[1])
+    older = [s for s in archive.segments() if s.day < newest]
+    assert len(older) == sum(len(found - {newest}) for found in days) < before / 1.5
+    assert len(archive.segments()) - len(older) <= 24 * 2
+    assert len(places(archive)) == len(set(places(archive))) == 100
+
+
+def test_a_death_at_any_moment_of_merging_loses_doubles_and_revives_nothing(
+    tmp_path: Path,
+) -> None:
+    user = "user-3"
+    _, events = sparse(tmp_path / "whole")
+    for changes in range(0, 60, 5):
+        folder = tmp_path / str(changes)
+        shutil.copytree(tmp_path / "whole", folder)
+        with suppress(Dies):
+            Archive(Mortal(folder, changes)).compact()
+        archive = Archive(Folder(folder))
+        assert len(places(archive)) == len(set(places(archive))) == 100
+        erased = {1: {user: 50}, 2: {user: 50}}
+        if changes % 2:  # erased between two halves of a merge
+            for source, command in erased.items():
+                archive.forget(source, command)
+        archive.compact()
+        assert archive.compact() == 0
+        left = [e for e in events if e.user_id != user] if changes % 2 else events
+        assert len(places(archive)) == len(set(places(archive))) == len(left)
+        assert archive.stats().rows == len(left)
+
+
+def test_a_death_while_old_segments_are_removed_keeps_the_newer_ones(tmp_path: Path) -> None:
+    archive, events = sparse(tmp_path)
+    archive.compact()
+    with suppress(Dies):
+        Archive(Mortal(tmp_path, 5)).expire(4 * DAY_MS, 1 << 40)
+    archive.expire(4 * DAY_MS, 1 << 40)
+    newest_ms = max(s.end_ms for s in archive.segments())
+    kept = {e.event_id for e in events if e.ts >= newest_ms - 4 * DAY_MS}
+    assert len(places(archive)) >= len(kept) > 20
+    assert min(s.end_ms for s in archive.segments()) > newest_ms - 4 * DAY_MS
 
 
 def test_a_merge_keeps_a_large_segment_that_has_the_name_it_takes(

@@ -51,7 +51,11 @@ CLUSTER_OVERRIDES = {
     "STREAM_DATA_DIR": "/var/lib/penchant/data",
     "MODEL_RELEASES": "/var/lib/penchant/releases",
     "MODEL_THREADS": "2",
+    "ARCHIVE_URL": "/var/lib/penchant/archive",
+    "LEARN_EVERY_S": "3600",
 }
+# Of libraries, not of ours.
+LIBRARY_SETTINGS = {"OMP_WAIT_POLICY"}
 
 Document = dict[str, Any]
 
@@ -152,6 +156,7 @@ def merge(old: Any, change: Any) -> Any:
 CLUSTER = {key(document): document for document in render(BASE)}
 WORKERS = CLUSTER["StatefulSet", "penchant-updater"]
 SETUP = CLUSTER["Job", "penchant-setup"]
+TRAINER = CLUSTER["StatefulSet", "penchant-trainer"]
 CONFIG = CLUSTER["ConfigMap", "penchant"]["data"]
 SECRET = CLUSTER["Secret", "penchant"]["stringData"]
 
@@ -164,9 +169,13 @@ def containers(document: Document) -> list[Document]:
     return pod(document)["initContainers"] + pod(document)["containers"]
 
 
-def worker_container() -> Document:
-    (container,) = pod(WORKERS)["containers"]
+def main_container(document: Document) -> Document:
+    (container,) = pod(document)["containers"]
     return container
+
+
+def worker_container() -> Document:
+    return main_container(WORKERS)
 
 
 # -- Compose and Dockerfile -------------------------------------------------------------------
@@ -229,8 +238,18 @@ def test_each_worker_is_a_static_member_under_its_pods_name():
     assert WORKERS["kind"] == "StatefulSet"  # whose pods keep their names
 
 
+def test_the_trainer_is_one_static_member_without_a_gpu_whose_idle_threads_sleep():
+    assert TRAINER["kind"] == "StatefulSet"  # whose pod is gone before its successor starts
+    assert TRAINER["spec"]["replicas"] == 1
+    member, device, waiting = main_container(TRAINER)["env"]
+    assert [member] == worker_container()["env"]
+    assert device == {"name": "MODEL_DEVICE", "value": "cpu"}
+    assert waiting == {"name": "OMP_WAIT_POLICY", "value": "passive"}
+    assert SERVICES["trainer"]["environment"]["OMP_WAIT_POLICY"] == "passive"
+
+
 def test_all_of_the_processes_read_the_same_config_map_and_secret():
-    for container in containers(WORKERS) + containers(SETUP):
+    for container in containers(WORKERS) + containers(SETUP) + containers(TRAINER):
         assert container["envFrom"] == [
             {"configMapRef": {"name": "penchant"}},
             {"secretRef": {"name": "penchant"}},
@@ -239,14 +258,20 @@ def test_all_of_the_processes_read_the_same_config_map_and_secret():
 
 def test_compose_sets_only_settings_that_exist(read_settings):
     for name, service in OURS.items():
-        environment = {k: str(v) for k, v in service["environment"].items()}
+        given = service["environment"].items()
+        environment = {k: str(v) for k, v in given if k not in LIBRARY_SETTINGS}
         assert environment.keys() <= SETTINGS.keys(), name
         assert read_settings(environment) == SETTINGS | environment
 
 
 def test_the_image_names_the_folders_and_the_port_that_the_cluster_uses():
     in_image = {name: IMAGE_ENVIRONMENT[name] for name in SETTINGS.keys() & IMAGE_ENVIRONMENT}
-    assert in_image.keys() == {"MODEL_RELEASES", "STREAM_DATA_DIR", "STREAM_METRICS_PORT"}
+    assert in_image.keys() == {
+        "ARCHIVE_URL",
+        "MODEL_RELEASES",
+        "STREAM_DATA_DIR",
+        "STREAM_METRICS_PORT",
+    }
     assert in_image.items() <= CONFIG.items()
 
 
@@ -280,15 +305,19 @@ def test_the_base_is_a_plain_list_of_all_of_its_files():
     assert sorted(kustomization["resources"]) == sorted(others)
 
 
-def test_a_worker_gets_its_drain_and_a_margin_before_it_is_killed():
+@pytest.mark.parametrize("name", ["updater", "trainer"])
+def test_a_process_gets_its_drain_and_a_margin_before_it_is_killed(name: str):
     grace_s = int(CONFIG["STREAM_DRAIN_S"]) + GRACE_MARGIN_S
-    assert pod(WORKERS)["terminationGracePeriodSeconds"] == grace_s
+    process = CLUSTER["StatefulSet", f"penchant-{name}"]
+    assert pod(process)["terminationGracePeriodSeconds"] == grace_s
     drain_s = int(SETTINGS["STREAM_DRAIN_S"])
-    assert SERVICES["updater"]["stop_grace_period"] == f"{drain_s + GRACE_MARGIN_S}s"
+    assert SERVICES[name]["stop_grace_period"] == f"{drain_s + GRACE_MARGIN_S}s"
 
 
-def test_probes_and_metrics_meet_on_the_metrics_port():
-    worker = worker_container()
+@pytest.mark.parametrize("name", ["updater", "trainer"])
+def test_probes_and_metrics_meet_on_the_metrics_port(name: str):
+    worker = main_container(CLUSTER["StatefulSet", f"penchant-{name}"])
+    assert worker["args"] == [name]
     port = int(CONFIG["STREAM_METRICS_PORT"])
     assert worker["ports"] == [{"name": "metrics", "containerPort": port}]
     paths = {
@@ -298,15 +327,16 @@ def test_probes_and_metrics_meet_on_the_metrics_port():
     }
     for probe, path in paths.items():
         assert worker[probe]["httpGet"] == {"path": path, "port": "metrics"}
-    (published,) = CLUSTER["Service", "penchant-updater"]["spec"]["ports"]
+    (published,) = CLUSTER["Service", f"penchant-{name}"]["spec"]["ports"]
     assert (published["port"], published["targetPort"]) == (port, "metrics")
     (allowed,) = CLUSTER["NetworkPolicy", "penchant"]["spec"]["ingress"]
     assert allowed["ports"] == [{"port": port, "protocol": "TCP"}]
     assert instruction(FINAL, "EXPOSE") == str(port)
 
 
-def test_workers_start_and_fail_with_the_patience_that_the_guide_promises():
-    worker = worker_container()
+@pytest.mark.parametrize("document", [WORKERS, TRAINER], ids=["workers", "trainer"])
+def test_processes_start_and_fail_with_the_patience_that_the_guide_promises(document: Document):
+    worker = main_container(document)
     budget_s = {
         name: worker[name]["periodSeconds"] * worker[name]["failureThreshold"]
         for name in ("startupProbe", "livenessProbe")
@@ -314,9 +344,12 @@ def test_workers_start_and_fail_with_the_patience_that_the_guide_promises():
     assert budget_s == {"startupProbe": 300, "livenessProbe": 60}
 
 
-def test_every_selector_selects_the_workers_and_no_other_pod():
-    workers = WORKERS["spec"]["template"]["metadata"]["labels"]
-    setup = SETUP["spec"]["template"]["metadata"]["labels"]
+def labels(document: Document) -> dict[str, str]:
+    return document["spec"]["template"]["metadata"]["labels"]
+
+
+def test_every_selector_selects_the_pods_that_it_means_and_no_other():
+    workers, trainer, setup = map(labels, (WORKERS, TRAINER, SETUP))
     selectors = [
         WORKERS["spec"]["selector"]["matchLabels"],
         CLUSTER["Service", "penchant-updater"]["spec"]["selector"],
@@ -326,12 +359,26 @@ def test_every_selector_selects_the_workers_and_no_other_pod():
     for selector in selectors:
         assert selector.items() <= workers.items()
         assert not selector.items() <= setup.items()
+        assert not selector.items() <= trainer.items()
+    for selector in (
+        TRAINER["spec"]["selector"]["matchLabels"],
+        CLUSTER["Service", "penchant-trainer"]["spec"]["selector"],
+    ):
+        assert selector.items() <= trainer.items()
+        assert not selector.items() <= workers.items()
+        assert not selector.items() <= setup.items()
     policy = CLUSTER["NetworkPolicy", "penchant"]["spec"]["podSelector"]["matchLabels"]
     assert policy.items() <= workers.items()
     assert policy.items() <= setup.items()
+    assert policy.items() <= trainer.items()
 
 
-@pytest.mark.parametrize("document", [WORKERS, SETUP], ids=["workers", "setup"])
+PODS = pytest.mark.parametrize(
+    "document", [WORKERS, SETUP, TRAINER], ids=["workers", "setup", "trainer"]
+)
+
+
+@PODS
 def test_pods_meet_the_restricted_profile_and_get_no_credentials(document: Document):
     spec = pod(document)
     uid, gid = map(int, instruction(FINAL, "USER").split(":"))
@@ -351,43 +398,69 @@ def test_pods_meet_the_restricted_profile_and_get_no_credentials(document: Docum
     assert spec["enableServiceLinks"] is False
 
 
-@pytest.mark.parametrize("document", [WORKERS, SETUP], ids=["workers", "setup"])
+@PODS
 def test_what_a_pod_refers_to_exists(document: Document):
     spec = pod(document)
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     for container in containers(document):
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes.keys()
-    claim = volumes["releases"]["persistentVolumeClaim"]["claimName"]
-    assert ("PersistentVolumeClaim", claim) in CLUSTER
+    assert "persistentVolumeClaim" in volumes["releases"]
+    for volume in volumes.values():
+        if "persistentVolumeClaim" in volume:
+            claim = volume["persistentVolumeClaim"]["claimName"]
+            assert ("PersistentVolumeClaim", claim) in CLUSTER
     assert ("ServiceAccount", spec["serviceAccountName"]) in CLUSTER
-    assert ("Service", WORKERS["spec"]["serviceName"]) in CLUSTER
+    if document["kind"] == "StatefulSet":
+        assert ("Service", document["spec"]["serviceName"]) in CLUSTER
 
 
-def test_releases_are_shared_and_only_the_setup_writes_them():
+def test_releases_are_shared_and_only_the_setup_and_the_trainer_write_them():
     claim = CLUSTER["PersistentVolumeClaim", "penchant-releases"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     mounts = {
         container["name"]: mount.get("readOnly", False)
-        for container in containers(WORKERS) + containers(SETUP)
+        for container in containers(WORKERS) + containers(SETUP) + containers(TRAINER)
         for mount in container["volumeMounts"]
         if mount["name"] == "releases"
     }
-    assert mounts == {"wait-for-release": True, "updater": True, "release": False}
+    assert mounts == {
+        "wait-for-release": True,
+        "updater": True,
+        "release": False,
+        "trainer": False,
+    }
     assert SERVICES["release"]["volumes"][0] == f"releases:{CONFIG['MODEL_RELEASES']}"
     assert SERVICES["updater"]["volumes"][0] == f"releases:{CONFIG['MODEL_RELEASES']}:ro"
+    assert SERVICES["trainer"]["volumes"][0] == f"releases:{CONFIG['MODEL_RELEASES']}"
+
+
+def test_the_archive_outlives_its_trainer_and_has_room_for_what_it_may_hold():
+    claim = CLUSTER["PersistentVolumeClaim", "penchant-archive"]["spec"]
+    assert claim["accessModes"] == ["ReadWriteOnce"]
+    room = claim["resources"]["requests"]["storage"]
+    assert int(room.removesuffix("Gi")) * 2**30 > float(CONFIG["ARCHIVE_MAX_GB"]) * 1.1e9
+    (mounted,) = [m for m in main_container(TRAINER)["volumeMounts"] if m["name"] == "archive"]
+    assert mounted == {"name": "archive", "mountPath": CONFIG["ARCHIVE_URL"]}
+    (volume,) = [v for v in pod(TRAINER)["volumes"] if v["name"] == "archive"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "penchant-archive"}
+    assert f"archive:{IMAGE_ENVIRONMENT['ARCHIVE_URL']}" in SERVICES["trainer"]["volumes"]
+    made = next(rest for name, rest in FINAL if name == "RUN" and "useradd" in rest)
+    assert IMAGE_ENVIRONMENT["ARCHIVE_URL"] in made.split()
 
 
 def test_what_a_process_writes_is_mounted_where_it_writes():
     written = {CONFIG["STREAM_DATA_DIR"], "/tmp"}
-    for container in (*pod(WORKERS)["containers"], *containers(SETUP)):
+    processes = (main_container(WORKERS), main_container(TRAINER))
+    for container in (*processes, *containers(SETUP)):
         assert written <= {m["mountPath"] for m in container["volumeMounts"]}, container["name"]
     for name, service in OURS.items():
         assert service["read_only"] is True
         assert written <= {*service["volumes"], *service["tmpfs"]}, name
 
 
-def test_a_worker_waits_until_there_is_a_release(tmp_path: Path):
-    shell, option, script = pod(WORKERS)["initContainers"][0]["command"]
+@pytest.mark.parametrize("document", [WORKERS, TRAINER], ids=["workers", "trainer"])
+def test_a_process_waits_until_there_is_a_release(document: Document, tmp_path: Path):
+    shell, option, script = pod(document)["initContainers"][0]["command"]
     waiting = subprocess.Popen(
         [shell, option, script],
         env={"PATH": os.environ["PATH"], "MODEL_RELEASES": str(tmp_path)},
@@ -413,6 +486,7 @@ def test_the_gpu_overlay_gives_each_worker_one_gpu_and_the_setup_none():
     assert cluster["ConfigMap", "penchant"]["data"] == CONFIG | {"MODEL_DEVICE": "cuda"}
     setup = cluster["Job", "penchant-setup"]
     assert setup == SETUP
+    assert cluster["StatefulSet", "penchant-trainer"] == TRAINER
     (release,) = pod(setup)["containers"]
     assert release["env"] == [{"name": "MODEL_DEVICE", "value": "cpu"}]
 
@@ -424,7 +498,8 @@ def test_images_are_pinned_and_ours_is_this_version_everywhere():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "version"
     ]
-    ours = {one["image"] for one in (*OURS.values(), *containers(WORKERS), *containers(SETUP))}
+    pods = containers(WORKERS) + containers(SETUP) + containers(TRAINER)
+    ours = {one["image"] for one in (*OURS.values(), *pods)}
     assert ours == {f"penchant:{version}"}
     assert f'org.opencontainers.image.version="{version}"' in instruction(FINAL, "LABEL")
     others = {one["image"] for one in SERVICES.values()} - ours
@@ -451,7 +526,8 @@ def test_services_wait_for_health_of_the_lasting_and_success_of_the_one_shots():
     for name, wait in waits:
         expected = "service_completed_successfully" if name in ONE_SHOTS else "service_healthy"
         assert wait == {"condition": expected}, name
-    assert SERVICES["updater"]["depends_on"].keys() == {"kafka", "redis", "topics", "release"}
+    for name in ("updater", "trainer"):
+        assert SERVICES[name]["depends_on"].keys() == {"kafka", "redis", "topics", "release"}
 
 
 def test_the_worker_is_given_the_addresses_that_kafka_and_redis_have():
@@ -631,4 +707,5 @@ def test_the_image_and_compose_run_the_health_check_that_the_image_holds():
     ]
     command = json.loads(instruction(FINAL, "HEALTHCHECK").split("CMD ")[1])
     assert command == ["python", copied, "live"]
-    assert SERVICES["updater"]["healthcheck"]["test"] == ["CMD", "python", copied, "ready"]
+    for name in ("updater", "trainer"):
+        assert SERVICES[name]["healthcheck"]["test"] == ["CMD", "python", copied, "ready"]

@@ -97,3 +97,45 @@ def test_taken_users_keep_their_events_and_windows_stop_at_the_first() -> None:
     assert taken.user == ["max"]
     assert taken.t_ms.tolist() == [2, 3]
     assert out.owner().tolist() == [0, 1, 1]
+
+
+def test_given_ratings_and_labels_are_the_labels_of_their_windows() -> None:
+    given = events(("ann", "review", 1, 7), ("ann", "message", 2, 8), ("ann", "view", 3, 0))
+    given.rating[0], given.label[1] = 2.0, "refund"
+    out = labelled(given)
+    assert out.rating is not None
+    assert out.rating[0] == 2.0
+    assert np.isnan(out.rating[1:]).all()
+    assert out.label == ["", "refund", ""]
+
+
+def test_a_label_may_come_later_with_a_repeat_and_the_last_one_counts() -> None:
+    rows = (
+        ("ann", "message", 5, 8),
+        ("ann", "message", 5, 8),
+        ("ann", "message", 5, 8),
+        ("bob", "message", 5, 8),
+        ("bob", "message", 6, 0),
+        ("bob", "message", 6, 0),
+    )
+    given = events(*rows)
+    given.label[[1, 2, 5]] = ["negative", "refund", "praise"]
+    out = labelled(given)
+    assert out.label == ["refund", "", "", "praise"]  # events without an id are no repeats
+
+
+def test_labels_are_the_same_in_any_order_of_rows() -> None:
+    given = events(*[("ann", "message", 5, 8)] * 3)
+    given.label[:] = ["negative", "", "refund"]
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        shuffled = Archived(
+            given.users,
+            given.item_ids,
+            **{
+                name: getattr(given, name)[order]
+                for name in (
+                    "user", "item", "type", "t_ms", "event", "rating", "label", "source", "offset",
+                )
+            },
+        )  # fmt: skip
+        assert labelled(shuffled).label == ["refund"]

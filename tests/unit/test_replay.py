@@ -94,6 +94,12 @@ def test_events_go_out_at_their_recorded_distance_divided_by_the_speed(tmp_path:
     assert clock.longest_nap_s <= 0.25  # a stop is heeded within one nap
 
 
+def test_with_an_origin_even_the_first_event_waits_for_its_time(tmp_path: Path) -> None:
+    plan = Plan(speed=2, origin_ms=START_MS - 10_000)
+    log, *_ = replayed(shop(tmp_path, 0, 60), plan)
+    assert log.at_s == pytest.approx([5, 35])
+
+
 @pytest.mark.parametrize("speed", [0, None])
 def test_without_a_speed_nothing_waits(tmp_path: Path, speed: float | None) -> None:
     log, *_ = replayed(shop(tmp_path, 0, 86_400), Plan(speed=speed))

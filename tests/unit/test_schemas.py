@@ -28,6 +28,8 @@ GOOD: list[dict[str, Any]] = [
     {"type": "review", "user_id": "u", "item_id": "i", "rating": 1},
     {"type": "search", "user_id": "u", "query": "lamp"},
     {"type": "message", "user_id": "u", "text": "help", "channel": "chat"},
+    {"type": "message", "user_id": "u", "text": "help", "label": "negative"},
+    {"type": "review", "user_id": "u", "item_id": "i", "rating": 1, "label": "too small"},
     {"type": "impression", "user_id": "u", "item_id": "i", "placement": "home"},
     {"type": "forget", "user_id": "u"},
 ]
@@ -55,6 +57,9 @@ BAD: list[Any] = [
     {"type": "purchase", "user_id": "u", "item_id": "i", "quantity": 0},
     {"type": "review", "user_id": "u", "item_id": "i", "rating": 6},
     {"type": "search", "user_id": "u", "query": " "},
+    {"type": "message", "user_id": "u", "text": "help", "label": ""},
+    {"type": "message", "user_id": "u", "text": "help", "label": "x" * 129},
+    {"type": "message", "user_id": "u", "text": "help", "label": 1},
 ]
 
 
