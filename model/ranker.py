@@ -132,8 +132,8 @@ def score_torch(
         shaped = torch.cat([signals[..., : _COUNTS[0]] * _COSINE_SCALE, counts], dim=-1)
         of_kind.append((gate * shaped).sum(-1) + weights["item"][kind] * known)
     new, again = of_kind
-    prior = weights["had"] + shopper @ weights["had_shopper"]
-    return torch.where(signals[..., _COUNTS[1]] > 0, again + prior.unsqueeze(-1), new)
+    prior = weights["had"] + (shopper @ weights["had_shopper"]).unsqueeze(-1)  # (..., 1)
+    return torch.where(signals[..., _COUNTS[1]] > 0, again + prior, new)
 
 
 def fit(
