@@ -119,7 +119,7 @@ class WholeProfile:
         shopper = np.stack(
             [np.log1p(events), np.log1p(had), 1 - had / np.maximum(events, 1)], axis=-1
         )
-        item = np.broadcast_to(log_events, own.shape)
+        item = np.tile(log_events, (len(users), 1))
         return signals, item, shopper.astype(np.float32)
 
     def update(self, events: Events) -> None:
@@ -173,7 +173,7 @@ class WholeProfile:
             signals, item, shopper = self.signals(np.array([user]), np.array([t_ms]))
             target = np.zeros(item.shape, dtype=np.float32)
             target[0, basket] = 1
-            self._cases.append(Cases(signals, item.copy(), shopper, target, np.zeros_like(target)))
+            self._cases.append(Cases(signals, item, shopper, target, np.zeros_like(target)))
 
     def _learn(self, now_ms: int) -> None:
         events = _concatenated(self._told)
