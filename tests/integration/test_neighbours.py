@@ -23,10 +23,11 @@ from profiles import neighbours
 from profiles.neighbour_store import NeighbourStore
 from profiles.neighbours import Neighbours, TallyLayout
 from profiles.schema import NEAR, SAVE_NEIGHBOURS_SCRIPT, SAVE_SCRIPT, TALLY, Keys
+from stream.errors import UserError
 from stream.events import Forget, Item, View
 from stream.intake import MicroBatch, Slice
 from stream.local_stack import ApacheKafka
-from stream.neighbours import NeighbourFolder
+from stream.neighbours import NeighbourFolder, pairs_partitions
 from stream.producer import EventProducer
 from stream.settings import (
     KafkaSettings,
@@ -134,18 +135,22 @@ def test_every_pair_counts_once_while_workers_die(
     for worker in (ann, bob):
         worker.wait_ready()
     traffic = [r for r in films(SEED, heavy=5, light=100) if not isinstance(r, Forget)]
-    flow = Traffic(settings, traffic, per_s=60).start()
+    third = len(traffic) // 3
+    flow = Traffic(settings, traffic[:third], per_s=60).start()
     cem = start(through(second), "cem")
     first.kill(ann, SAVE_SCRIPT)
     cem.wait_ready()
+    flow.finish()
+    flow = Traffic(settings, traffic[third : 2 * third], per_s=60).start()
     second.kill(cem, SAVE_NEIGHBOURS_SCRIPT)
     dee = start(settings, "dee").wait_ready()
+    flow.finish()
     before = bob.metric("penchant_pairs_applied")
+    flow = Traffic(settings, traffic[2 * third :], per_s=60).start()
     eventually("bob folds pairs", lambda: bob.metric("penchant_pairs_applied") > before)
     threading.Event().wait(random.Random(SEED).uniform(0, 0.5))
     replayed += bob.metric("penchant_pairs_replayed")
     bob.kill()
-    flowing = flow.sent
     flow.finish()
     wait_until_folded(settings)
 
@@ -160,7 +165,7 @@ def test_every_pair_counts_once_while_workers_die(
     assert replayed > 0  # or nobody ever sent a pair twice, and nothing was shown
     pairs = sum(len(item.near) for item in stored.values())
     print(
-        f"\n3 workers killed during the first {flowing} of {len(traffic)} records: "
+        f"\n3 workers killed during {len(traffic)} records: "
         f"{len(stored)} items, {pairs} neighbours right, {replayed:.0f} copies of pairs left out"
     )
 
@@ -212,3 +217,14 @@ def test_large_batches_and_forwarded_events_give_every_pair_once(
     )
     assert not wrong, f"{len(wrong)} differences in {len(stored)} items: {wrong[:20]}"
     assert len(stored) == 30
+
+
+def test_neighbours_need_their_topic(namespace: str, apache_kafka: ApacheKafka) -> None:
+    kafka = KafkaSettings(bootstrap=apache_kafka.bootstrap, partitions=5)
+    without = Settings(namespace=namespace, kafka=kafka)
+    create_topics(without)
+    settings = without.model_copy(update={"learn": LearnSettings(neighbours=True)})
+    with pytest.raises(UserError, match="pairs: run `penchant topics create`"):
+        pairs_partitions(settings)
+    create_topics(settings)
+    assert pairs_partitions(settings) == 5
