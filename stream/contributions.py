@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from profiles.arithmetic import FORGET
-from profiles.schema import EVENT_TYPES, TYPE_CODE, ItemRecord, key_bytes
+from profiles.schema import EVENT_TYPES, TYPE_CODE, ItemRecord, key64
 
 from . import events as ev
 
@@ -49,7 +49,7 @@ class Columns:
 
     users: dict[str, int] = field(default_factory=dict)  # user id -> row
     row: list[int] = field(default_factory=list)
-    event: list[bytes] = field(default_factory=list)  # 8 bytes, b"" without an id
+    event: list[int] = field(default_factory=list)  # key of the event id, 0 without one
     t_ms: list[int] = field(default_factory=list)
     type: list[int] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
@@ -68,7 +68,7 @@ def add_columns(
     weight_of = {kind: weights.get(kind, 0.0) for kind in _CODE}
     users, first = out.users, len(out.row)
     out.row += [users.setdefault(event.user_id, len(users)) for event in batch]
-    out.event += [key_bytes(e.event_id) if e.event_id is not None else b"" for e in batch]
+    out.event += [key64(e.event_id) if e.event_id is not None else 0 for e in batch]
     out.t_ms += [event.ts for event in batch]
     out.type += [_CODE[kind] for kind in kinds]
     out.weight += [weight_of[kind] for kind in kinds]

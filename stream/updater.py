@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -238,9 +239,9 @@ class Updater:
             text[at] = True
         events = EventColumns(
             row=np.asarray(taken.row, dtype=np.int64),
-            source=batch.sources,
-            offset=batch.offsets,
-            event=taken.event,
+            source=np.asarray(batch.sources, dtype=np.uint64),
+            offset=np.asarray(batch.offsets, dtype=np.int64),
+            event=np.asarray(taken.event, dtype=np.uint64),
             t_ms=np.asarray(taken.t_ms, dtype=np.int64),
             type=np.asarray(taken.type, dtype=np.uint8),
             weight=weight,
@@ -269,19 +270,35 @@ class Updater:
             metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
 
     def _in_lanes(self, users: Sequence[str], catalogue: Catalogue, events: EventColumns) -> None:
-        """All rounds, for parts of the users at the same time."""
+        """All of it, for parts of the users at the same time."""
         if len(users) < _LANES * _LANE_USERS:
-            self._rounds(users, catalogue, events)
+            self._fold_and_save(users, 0, catalogue, events)
             return
-
-        def run(lane: int) -> None:
-            rows = range(lane, len(users), _LANES)
-            self._rounds([users[row] for row in rows], catalogue, _of_users(events, rows))
-
-        lanes = [self._lanes.submit(run, lane) for lane in range(_LANES)]
+        ends = [len(users) * lane // _LANES for lane in range(_LANES + 1)]
+        lanes = [
+            self._lanes.submit(self._fold_and_save, users[begin:end], begin, catalogue, events)
+            for begin, end in pairwise(ends)
+        ]
         wait(lanes)  # all, even where one failed: nothing may be at work when this returns
         for lane in lanes:
             lane.result()
+
+    def _fold_and_save(
+        self, users: Sequence[str], first: int, catalogue: Catalogue, events: EventColumns
+    ) -> None:
+        """The users are rows `first`, … of the events. The store does what is plain."""
+        done = self._profiles.fold(
+            users, events, first, catalogue.space, catalogue.names_of, self._clock()
+        )
+        metrics.SAVES.inc(done.saved)
+        metrics.SAVES_REFUSED.inc(done.refused)
+        metrics.EVENTS_APPLIED.inc(done.applied)
+        metrics.EVENTS_REPLAYED.inc(done.replayed)
+        metrics.EVENTS_REPEATED.inc(done.repeated)
+        self._warn_of_split(done.split)
+        if done.again:
+            of_these = _of_users(events, [first + row for row in done.again])
+            self._rounds([users[row] for row in done.again], catalogue, of_these)
 
     def _rounds(
         self, users: Sequence[str], catalogue: Catalogue, events: EventColumns | None
@@ -351,7 +368,7 @@ class Updater:
             vector = self._migrator.express(items, events.vector, catalogue.space, space)
             events = replace(events, vector=vector)
         folded = arithmetic.fold(profiles, events, self._layout, space)
-        self._warn_of_split(profiles, folded)
+        self._warn_of_split(sum(_gained_partition(profiles, row) for row in folded.touched))
         return folded, events
 
     def _report(self, events: EventColumns, folded: Folded, refused: Sequence[int]) -> None:
@@ -362,8 +379,7 @@ class Updater:
         metrics.EVENTS_REPEATED.inc(folded.repeated)
         metrics.USERS_FORGOTTEN.inc(folded.forgotten)
 
-    def _warn_of_split(self, profiles: Profiles, folded: Folded) -> None:
-        split = sum(_gained_partition(profiles, row) for row in folded.touched)
+    def _warn_of_split(self, split: int) -> None:
         if split:
             metrics.USERS_SPLIT.inc(split)
             if not self._told_split and self._forwarder is None:
@@ -425,23 +441,8 @@ def _of_users(events: EventColumns, rows: Sequence[int]) -> EventColumns:
     new_row = np.full(int(events.row.max()) + 1, -1)
     new_row[list(rows)] = np.arange(len(rows))
     at = np.flatnonzero(new_row[events.row] >= 0)
-    picked = at.tolist()
-    return EventColumns(
-        row=new_row[events.row[at]],
-        source=[events.source[i] for i in picked],
-        offset=[events.offset[i] for i in picked],
-        event=[events.event[i] for i in picked],
-        t_ms=events.t_ms[at],
-        type=events.type[at],
-        weight=events.weight[at],
-        item=events.item[at],
-        category=events.category[at],
-        vector=events.vector[at],
-        resolved=events.resolved[at],
-        text=events.text[at],
-        spend=events.spend[at],
-        foreign=events.foreign[at],
-    )
+    picked = {name: column[at] for name, column in vars(events).items()}
+    return EventColumns(**{**picked, "row": new_row[events.row[at]]})
 
 
 def _record(item: ev.Item) -> ItemRecord:

@@ -101,6 +101,7 @@ def build_updater(settings: Settings, engine: Engine, partitions: int) -> Update
         where=settings.redis.url,
         cached=settings.stream.cached_profiles,
     )
+    _warm_up(store)
     return Updater(
         settings,
         catalogue,
@@ -112,6 +113,19 @@ def build_updater(settings: Settings, engine: Engine, partitions: int) -> Update
         weights=weights,
         forwarder=Forwarder(settings, partitions) if settings.stream.repartition else None,
     )
+
+
+def _warm_up(store: ProfileStore) -> None:
+    """Before the first event, who would wait. Raises UserError."""
+    began_s = time.monotonic()
+    try:
+        store.warm_up()
+    except RuntimeError as error:  # numba finds no place for its cache
+        raise UserError(
+            f"the compiled fold cannot be kept ({error}): set NUMBA_CACHE_DIR to a writable folder"
+        ) from error
+    took_s = time.monotonic() - began_s
+    log.info("the fold is ready after %.1f s", took_s)
 
 
 def build_swapper(settings: Settings, updater: Updater) -> Swapper:
