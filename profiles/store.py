@@ -107,8 +107,7 @@ class ProfileStore:
     # --- the fast way
 
     def warm_up(self) -> None:
-        """Make `fold` ready: half a minute where its kernel was never compiled on such a machine,
-        a second where it was."""
+        """Make `fold` ready: compile its kernel, or load what was compiled before."""
         self._kernel.warm_up()
 
     def fold(

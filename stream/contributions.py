@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from profiles.arithmetic import FORGET
 from profiles.schema import EVENT_TYPES, TYPE_CODE, ItemRecord, key64
@@ -29,8 +29,8 @@ DEFAULT_WEIGHTS: Final[Mapping[str, float]] = {
 }
 _WEIGHT_LIMIT: Final = 100.0
 # A review's weight runs from -1 (one star) over 0 to 1 (five).
-_NEUTRAL_RATING: Final = 3.0
-_RATING_SPAN: Final = 2.0
+NEUTRAL_RATING: Final = 3.0
+RATING_SPAN: Final = 2.0
 
 
 def event_weights(overrides: Mapping[str, float]) -> dict[str, float]:
@@ -59,6 +59,17 @@ class Columns:
     foreign: list[bool] = field(default_factory=list)
     inline: dict[str, ItemRecord] = field(default_factory=dict)  # item id -> what events say of it
 
+    def arrange(self, first: int, order: Sequence[int]) -> None:
+        """Put the events from `first` on into this order: positions, counted from there."""
+        for name in _PER_EVENT:
+            column: list[Any] = getattr(self, name)
+            column[first:] = [column[first + i] for i in order]
+
+
+_PER_EVENT: Final = (
+    "row", "event", "t_ms", "type", "weight", "item_id", "text", "spend", "foreign",
+)  # fmt: skip
+
 
 def add_columns(
     out: Columns, batch: Sequence[ev.Event], weights: Mapping[str, float], currency: str
@@ -81,7 +92,7 @@ def add_columns(
             out.foreign[i] = event.currency not in (None, currency)
             out.spend[i] = 0.0 if out.foreign[i] else (event.price or 0.0) * event.quantity
         elif isinstance(event, ev.Review):
-            out.weight[i] *= (event.rating - _NEUTRAL_RATING) / _RATING_SPAN
+            out.weight[i] *= (event.rating - NEUTRAL_RATING) / RATING_SPAN
         elif isinstance(event, ev.Search):
             out.text[i] = event.query if out.weight[i] else ""
         elif isinstance(event, ev.Message):

@@ -38,6 +38,7 @@ from .errors import UserError
 from .forwarding import Forwarder, origin_of
 from .intake import MicroBatch, Slice
 from .migration import Migrator
+from .scanning import Scanner, add_scanned
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Updater:
         self._dead_letters = dead_letters
         self._layout = layout
         self._weights = weights
+        self._scanner = Scanner(weights, layout.currency)
         self._forwarder = forwarder
         self._clock = clock
         self._migrator = migrator
@@ -129,6 +131,12 @@ class Updater:
         release from its first vector to its save."""
         self._catalogue = catalogue
 
+    def warm_up(self) -> None:
+        """Make ready what is compiled: half a minute where it never was on such a machine, a
+        second where it was."""
+        self._scanner.scan([], [], 0)
+        self._profiles.warm_up()
+
     # --- take apart
 
     def take_apart(self, batch: MicroBatch) -> TakenApart:
@@ -143,13 +151,11 @@ class Updater:
                 if piece.topic == self._items_topic:
                     items.append(self._take_items(piece))
                     continue
-                for part in piece.parts(_PART_RECORDS):
-                    events, index = self._take_events(part)
-                    add_columns(columns, events, self._weights, self._layout.currency)
-                    forwarded = piece.topic == self._forwarded_topic
-                    part_sources, part_offsets = origin_of(part, index, forwarded)
-                    sources += part_sources
-                    offsets += part_offsets
+                index = self._take_events(piece, columns)
+                forwarded = piece.topic == self._forwarded_topic
+                piece_sources, piece_offsets = origin_of(piece, index, forwarded)
+                sources += piece_sources
+                offsets += piece_offsets
             self._dead_letters.flush()
             if self._forwarder is not None:
                 self._forwarder.flush()
@@ -161,8 +167,28 @@ class Updater:
                 min((min(s.timestamps_ms) for s in batch.slices), default=0),
             )
 
-    def _take_events(self, piece: Slice) -> tuple[list[ev.Event], list[int]]:
-        ahead_ms = int(self._settings.stream.max_ahead_s * 1000)
+    def _take_events(self, piece: Slice, columns: Columns) -> list[int]:
+        """Add the events of a slice, in order; their positions in it."""
+        first, ahead_ms = len(columns.row), int(self._settings.stream.max_ahead_s * 1000)
+        index: list[int] = []
+        left: Sequence[int] = range(len(piece.values))
+        if self._forwarder is None:  # which sends events on as they were parsed
+            scanned = self._scanner.scan(piece.values, piece.timestamps_ms, ahead_ms)
+            add_scanned(columns, scanned)
+            index, left = scanned.index, scanned.others
+            self._rejects.add(len(index), [])
+        for i in range(0, len(left), _PART_RECORDS):
+            part = left[i : i + _PART_RECORDS]
+            events, of_these = self._parse(piece.at(part), ahead_ms)
+            add_columns(columns, events, self._weights, self._layout.currency)
+            index += [part[k] for k in of_these]
+        order = sorted(range(len(index)), key=index.__getitem__) if left else []
+        if order != list(range(len(order))):
+            columns.arrange(first, order)
+            index.sort()
+        return index
+
+    def _parse(self, piece: Slice, ahead_ms: int) -> tuple[list[ev.Event], list[int]]:
         parsed = ev.parse(piece.values, piece.timestamps_ms, ahead_ms)
         self._reject(piece, parsed.rejects)
         if self._forwarder is None:
