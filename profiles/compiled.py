@@ -19,9 +19,13 @@ from .arithmetic import FORGET
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 Keys64 = NDArray[np.uint64]
-compiled: Callable[..., Any] = njit(nogil=True, cache=True)
+_OPTIONS: Final = {"nogil": True, "cache": True, "error_model": "numpy"}
+# What is only called by compiled code needs none of the wrappers that take half of the compiling.
+_INNER: Final = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+compiled: Callable[..., Any] = njit(**_OPTIONS)
+inner: Callable[..., Any] = njit(**_INNER)
 # Of one call site each, or short: passing a tuple of arrays on costs more than most steps.
-inlined: Callable[..., Any] = njit(nogil=True, cache=True, forceinline=True)
+inlined: Callable[..., Any] = njit(**_INNER, forceinline=True)
 
 # What became of a user.
 LEFT: Final = 0  # not done here
@@ -202,7 +206,7 @@ def _copy(out, at, source, begin, n):
     return at + n
 
 
-@compiled
+@inner
 def _decimal(out, at, value):
     """`value` >= 0."""
     digits, rest = 1, value // 10
@@ -217,7 +221,7 @@ def _decimal(out, at, value):
     return at + digits
 
 
-@compiled
+@inner
 def _fixed(out, at, scaled, places):
     """`scaled` / 10**places, in full."""
     unit = 1
@@ -275,7 +279,7 @@ def _hundredths(value, exact):
 # --- one user ------------------------------------------------------------------------------
 
 
-@compiled
+@inner
 def _scratch(shape, most, sources):
     head = np.zeros((shape.blank.size + 7) // 8, np.int64)
     window = np.zeros((shape.window + most) * 3, np.int64)

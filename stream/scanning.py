@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.compiled import compiled, inlined
+from profiles.compiled import compiled, inlined, inner
 from profiles.schema import TYPE_CODE
 
 from . import events as ev
@@ -75,14 +75,14 @@ class Found(NamedTuple):
     foreign: NDArray[np.bool_]
 
 
-@compiled
+@inner
 def _spaces(raw, p, end):
     while p < end and raw[p] == 32:
         p += 1
     return p
 
 
-@compiled
+@inner
 def _string(raw, p, end):
     """Where the text of a string that begins at p ends; -1 if it is none, or not a plain one."""
     if p >= end or raw[p] != 34:
@@ -95,13 +95,13 @@ def _string(raw, p, end):
     return p if p < end else -1
 
 
-@compiled
+@inner
 def _is_id(raw, begin, end, most):
     size = end - begin
     return 0 < size <= most and raw[begin] != 32 and raw[end - 1] != 32
 
 
-@compiled
+@inner
 def _is_null(raw, p, end):
     return (
         end - p > 4
@@ -112,7 +112,7 @@ def _is_null(raw, p, end):
     )
 
 
-@compiled
+@inner
 def _word(raw, begin, end, words):
     """Which of the words stands there; -1 for none."""
     size = end - begin
@@ -128,7 +128,7 @@ def _word(raw, begin, end, words):
     return -1
 
 
-@compiled
+@inner
 def _integer(raw, p, end):
     """(value, where it ends) of digits; -1 for none, or too many."""
     begin, value = p, 0
@@ -142,7 +142,7 @@ def _integer(raw, p, end):
     return value, p
 
 
-@compiled
+@inner
 def _number(raw, p, end):
     """(value, where it ends) of digits with or without a fraction; -1 for none, or too many. One
     division of two exact numbers rounds as it should."""
@@ -168,7 +168,7 @@ def _turned(x, n):
     return np.uint32((np.uint64(x) >> np.uint64(n)) | (np.uint64(x) << np.uint64(32 - n)))
 
 
-@compiled
+@inner
 def _key64(raw, begin, end, rounds, w):
     """`profiles.schema.key64`: SHA-256 (FIPS 180-4), the first 8 bytes of it."""
     size = end - begin
@@ -217,7 +217,7 @@ def _key64(raw, begin, end, rounds, w):
     return key
 
 
-@compiled
+@inner
 def _record(raw, p, end, i, fields, types, currency, rounds, w, out):
     """Whether the record is a plain event; then it is in row i."""
     if p >= end or raw[p] != 123:
