@@ -73,11 +73,15 @@ class ProfileStore:
         self._where = address(where) if where else "REDIS_URL"
         self._cache = ProfileCache(cached)
 
-    def load(self, user_ids: Sequence[str]) -> Profiles:
-        """The profiles of n users, no user twice; who has none gets an empty one.
+    def load(self, user_ids: Sequence[str], *, anew: bool = False) -> Profiles:
+        """The profiles of n users, no user twice; who has none gets an empty one. `anew`: as Redis
+        has them, whatever is remembered; for who might find nothing to do, and so save nothing
+        that could be refused.
 
         Raises RedisUnavailable, SchemaTooNew, LayoutMismatch, StateCorrupt.
         """
+        if anew:
+            self._cache.take(user_ids)
         rows = self._rows(user_ids)
         states = [state or None for state, _ in rows]
         fences = [fence or None for _, fence in rows]

@@ -338,7 +338,7 @@ class Updater:
             refused: list[int] = []
             ids = [users[i] for i in left]
             for profiles, rows, space, moved in self._migrator.bring(
-                self._profiles.load(ids), catalogue
+                self._profiles.load(ids, anew=events is None), catalogue
             ):
                 part = [left[row] for row in rows]
                 got = self._round(

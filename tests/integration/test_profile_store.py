@@ -292,6 +292,17 @@ def test_a_remembered_profile_that_another_writer_changed_is_loaded_again(
     assert_as_computed(redis_url, namespace, events)
 
 
+def test_a_remembered_profile_is_read_from_redis_where_that_is_asked(
+    open_store: OpenStore, redis_url: str
+) -> None:
+    """Who holds an old copy must not conclude from it that nothing is waiting."""
+    here, there = (open_store(redis_url, writer=w, cached=10) for w in (1, 2))
+    events = in_topic(item_event(i % 6) for i in range(2))
+    fold(here, events[:1])
+    fold(there, events)
+    assert here.load(["u"], anew=True).header["events"].tolist() == [2]
+
+
 def test_what_was_folded_but_not_saved_is_not_remembered(
     open_store: OpenStore, redis_url: str, namespace: str
 ) -> None:

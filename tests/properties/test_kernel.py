@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import replace
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,10 +17,15 @@ from profiles.kernel import Folded, Kernel
 from tests.oracle import Event
 from tests.profile_events import (
     CATEGORY_OF,
+    DIMENSIONS,
     LAYOUT,
+    NOW_MS,
+    SOURCES,
     SPACE,
     columns,
     histories,
+    in_topic,
+    item_event,
 )
 
 KEYS = schema.Keys("shop")
@@ -121,9 +128,88 @@ def assert_same(rows: dict[str, Row], events: Sequence[Event], layout: Layout = 
     return folded
 
 
-@given(histories(), st.lists(st.integers(0, 25), max_size=3))
-def test_it_writes_what_the_reference_writes(events: list[Event], cuts: list[int]) -> None:
+# numpy sums more of them in another order, and then the last bits differ.
+BATCH = 8
+
+
+def in_batches(rows: dict[str, Row], events: Sequence[Event], layout: Layout = LAYOUT) -> None:
+    for begin in range(0, len(events), BATCH):
+        assert_same(rows, events[begin : begin + BATCH], layout)
+
+
+@given(histories(), st.integers(0, BATCH))
+def test_it_writes_what_the_reference_writes(events: list[Event], first: int) -> None:
     rows: dict[str, Row] = {}
-    for begin, end in pairwise([0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]):
-        assert_same(rows, events[begin:end])
-    assert_same(rows, events)  # all again, as after a crash
+    in_batches(rows, events[:first])
+    in_batches(rows, events[first:])
+    in_batches(rows, events)  # all again, as after a crash
+
+
+@given(histories(), st.data())
+def test_damaged_bytes_are_left_or_read_as_the_reference_reads_them(
+    events: list[Event], data: st.DataObject
+) -> None:
+    rows: dict[str, Row] = {}
+    in_batches(rows, events)
+    for user, sides in list(rows.items()):
+        raw = [bytearray(side) for side in sides]
+        for _ in range(data.draw(st.integers(1, 3))):
+            side = raw[data.draw(st.integers(0, 1))]
+            if side:
+                at = data.draw(st.integers(0, min(len(side) - 1, 150)))
+                side[at] = data.draw(st.integers(0, 255))
+        cut = data.draw(st.sampled_from([0, 0, 0, 1, 24]))
+        rows[user] = (bytes(raw[0][: len(raw[0]) - cut]), bytes(raw[1]))
+    later = [replace(event, offset=event.offset + 100) for event in events]
+    later = later[:BATCH]
+    users, folded = fold(rows, later)
+    left = {users[i] for i in folded.left.tolist()}
+    for user in set(users) - left:  # the reference must not refuse what was taken here
+        assert_same({user: rows[user]}, [event for event in later if event.user_id == user])
+
+
+@given(st.lists(st.floats(0, 1e14) | st.integers(0, 10**6).map(lambda i: i / 1000), max_size=4))
+def test_glances_round_as_percent_does(spends: list[float]) -> None:
+    events = in_topic(
+        [replace(item_event(0, weight=0.0, type="purchase"), spend=spend) for spend in spends]
+    )
+    assert_same({}, events)
+
+
+@given(histories(min_size=10), st.integers(1, 3), st.integers(0, 2))
+def test_small_bounds_keep_what_the_reference_keeps(
+    events: list[Event], categories: int, seen: int
+) -> None:
+    layout = Layout(DIMENSIONS, window=2, seen=seen, categories=categories, currency="EUR")
+    in_batches({}, events, layout)
+
+
+def test_many_events_of_one_shopper_agree_to_rounding() -> None:
+    events = in_topic(
+        [item_event(i % 6, NOW_MS + 1000 * (i ^ 5), 0.1 * (i % 9 - 3)) for i in range(800)]
+    )
+    users, folded = fold({}, events)
+    state, fence = folded.row(0)
+    _, [args] = reference({}, users, events)
+    got, want = arithmetic.decode("u", state, fence), arithmetic.decode("u", args[2], args[1])
+    assert (got.events, got.counts, got.watermark) == (want.events, want.counts, want.watermark)
+    assert got.window.tobytes() == want.window.tobytes()
+    np.testing.assert_allclose(got.sums, want.sums, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got.masses, want.masses, rtol=1e-5)
+    assert got.categories == pytest.approx(want.categories, rel=1e-4, abs=1e-4)
+
+
+def test_what_is_rare_is_left_with_nothing_done() -> None:
+    forget = Event("a", SOURCES[0], 0, None, NOW_MS, "forget")
+    unknown = replace(in_topic([item_event(0, user_id="b")])[0], vector=None)
+    plain = in_topic([item_event(0, user_id="c")])[0]
+    users, folded = fold({}, [forget, unknown, plain])
+    assert [users[i] for i in folded.left.tolist()] == ["a", "b"]
+    assert [users[i] for i in folded.written.tolist()] == ["c"]
+    assert folded.count() == (0, 1, 0, 0)
+
+
+def test_a_category_without_a_name_is_shown_by_its_key() -> None:
+    event = replace(in_topic([item_event(0)])[0], category_key=0xABC)
+    _, folded = fold({}, [event])
+    assert b'"0000000000000abc":1.000' in bytes(folded.payload)
