@@ -37,6 +37,8 @@ env: ## the Python environment in .venv, as requirements.lock pins it
 	echo "Installing what requirements.lock pins into .venv (the first time a few GB: torch)"
 	$(BIN)/uv pip sync $$([ -t 2 ] || echo --quiet) requirements.lock
 	$(BIN)/uv pip install --quiet --no-deps --editable .
+	echo "Compiling the worker's inner loops for this machine (once, half a minute)"
+	$(BIN)/python -m stream.compile_ahead
 	echo "$$want" > .venv/synced
 
 demo: env ## real shoppers' events through broker, encoder and Redis, live; Ctrl-C ends it

@@ -87,9 +87,9 @@ class EventColumns:
     partition is offset order."""
 
     row: Ints  # (m,) index of the user in the Profiles
-    source: list[int]  # m source keys (schema.source_key)
-    offset: list[int]  # m offsets in that source
-    event: list[bytes]  # m event keys of 8 bytes; b"" = no id, never a repeat
+    source: Keys64  # (m,) source keys (schema.source_key)
+    offset: Ints  # (m,) offsets in that source
+    event: Keys64  # (m,) schema.key64(event_id); 0 = no id, never a repeat
     t_ms: Ints  # (m,) event time, not before 1970
     type: NDArray[np.uint8]  # (m,) index into EVENT_TYPES, or FORGET
     weight: Floats  # (m,)
@@ -127,13 +127,6 @@ class Profiles:
 
     def __len__(self) -> int:
         return len(self.header)
-
-
-# One user out of `Profiles`: header, window, seen, categories and pending, which make up the
-# state field in this order; then watermark and fence. A plain tuple, because a named one takes
-# four times as long to make.
-Row = tuple[bytes, bytes, bytes, bytes, bytes, dict[int, int], bytes]
-_STATE_PARTS: Final = 5
 
 
 def take(profiles: Profiles, rows: Sequence[int]) -> Profiles:
@@ -195,7 +188,7 @@ def next_fences(
     header["revision"] += 1
     header["writer"] = writer
     left_s = header["expires_s"] - now_s
-    renew = ((left_s < ttl_s * _RENEW_SHARE) | (left_s > ttl_s)) & may_renew
+    renew = ((left_s < ttl_s * RENEW_SHARE) | (left_s > ttl_s)) & may_renew
     header["expires_s"][renew] = int(now_s) + ttl_s
     heads = _cut(header.tobytes(), [_FENCE] * len(header))
     written = [h + _watermark_bytes(w) for h, w in zip(heads, watermarks, strict=True)]
@@ -204,7 +197,7 @@ def next_fences(
 
 # An expiry is renewed when a tenth of it is over, or when it outlasts a TTL that was made
 # shorter: EXPIREAT on every save costs a sixth.
-_RENEW_SHARE: Final = 0.9
+RENEW_SHARE: Final = 0.9
 
 
 def _watermark_bytes(watermark: Mapping[int, int]) -> bytes:
@@ -219,7 +212,7 @@ def unpack(
     Raises SchemaTooNew, LayoutMismatch or StateCorrupt.
     """
     size = layout.header.itemsize
-    blank = _blank(layout).tobytes()
+    blank = blank_header(layout).tobytes()
     stored = [blank if state is None else state for state in states]
     heads = bytearray().join([state[:size].ljust(size, b"\0") for state in stored])
     header = np.frombuffer(heads, dtype=layout.header)
@@ -244,7 +237,7 @@ def unpack(
     )
 
 
-def _blank(layout: Layout) -> NDArray[Any]:
+def blank_header(layout: Layout) -> NDArray[Any]:
     """(1,) the header of a user of whom nothing is known."""
     blank = np.zeros(1, dtype=layout.header)
     blank["version"], blank["dimensions"] = schema.SCHEMA_VERSION, layout.dimensions
@@ -280,9 +273,8 @@ def _check_version(versions: NDArray[np.uint16]) -> None:
         raise StateCorrupt(f"its state has schema version 0; {_REBUILD}")
 
 
-def pack(profiles: Profiles) -> list[Row]:
-    """n users one by one, as they are stored. They share nothing with `profiles` but the
-    watermarks."""
+def pack(profiles: Profiles) -> list[bytes]:
+    """The state fields of n users, ready to store."""
     header = profiles.header
     header["window_n"] = [len(b) // _ENTRY for b in profiles.window]
     header["seen_n"] = [len(b) // 8 for b in profiles.seen]
@@ -290,21 +282,7 @@ def pack(profiles: Profiles) -> list[Row]:
     header["pending_n"] = [len(b) // _ENTRY for b in profiles.pending]
     heads = _cut(header.tobytes(), [header.dtype.itemsize] * len(header))
     tails = (profiles.window, profiles.seen, profiles.categories, profiles.pending)
-    return list(zip(heads, *tails, profiles.watermarks, profiles.fences, strict=True))
-
-
-def states(rows: Sequence[Row]) -> list[bytes]:
-    """The state fields of packed users, ready to store."""
-    return [b"".join(row[:_STATE_PARTS]) for row in rows]
-
-
-def join(rows: Sequence[Row], layout: Layout) -> Profiles:
-    """What `pack` took apart, of one layout; n = 0 for none."""
-    if not rows:
-        return unpack([], [], layout)
-    heads, *parts = zip(*rows, strict=True)
-    header = np.frombuffer(bytearray().join(heads), dtype=layout.header)
-    return Profiles(header, *map(list, parts))
+    return [b"".join(parts) for parts in zip(heads, *tails, strict=True)]
 
 
 def _cut(raw: bytes, lengths: Sequence[int]) -> list[bytes]:
@@ -351,8 +329,9 @@ def _admit(profiles: Profiles, events: EventColumns, layout: Layout) -> Folded:
     replayed = repeated = forgotten = 0
     remembered = layout.seen * 8
     rows, types = events.row.tolist(), events.type.tolist()
+    ids = [key.to_bytes(8, "little") if key else b"" for key in events.event.tolist()]
     for i, (row, source, offset, event, kind) in enumerate(
-        zip(rows, events.source, events.offset, events.event, types, strict=True)
+        zip(rows, events.source.tolist(), events.offset.tolist(), ids, types, strict=True)
     ):
         watermark = watermarks[row]
         if offset < watermark.get(source, 0):
@@ -381,7 +360,7 @@ def _admit(profiles: Profiles, events: EventColumns, layout: Layout) -> Folded:
 
 def _erase(profiles: Profiles, row: int, layout: Layout) -> None:
     """Drop all that is known of a user but the watermark, which keeps replays out."""
-    profiles.header[row] = _blank(layout)[0]
+    profiles.header[row] = blank_header(layout)[0]
     for part in (profiles.window, profiles.seen, profiles.categories, profiles.pending):
         part[row] = b""
 

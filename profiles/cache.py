@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from .arithmetic import Row
+Row = tuple[bytes, bytes]  # state and fence, as Redis has them; b"" for what is not there
 
 
 class ProfileCache:

@@ -22,7 +22,7 @@ def run_script(
         return []
     from redis.exceptions import NoScriptError
 
-    sha = hashlib.sha1(script.encode()).hexdigest()  # the name EVALSHA asks for
+    sha = script_sha(script)
     with redis_errors(where):
         for attempt in range(2):
             pipe = client.pipeline(transaction=False)
@@ -35,3 +35,8 @@ def run_script(
                     raise
                 client.script_load(script)
     raise AssertionError("unreachable")
+
+
+def script_sha(script: str) -> str:
+    """The name EVALSHA asks for."""
+    return hashlib.sha1(script.encode()).hexdigest()

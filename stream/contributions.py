@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from profiles.arithmetic import FORGET
-from profiles.schema import EVENT_TYPES, TYPE_CODE, ItemRecord, key_bytes
+from profiles.schema import EVENT_TYPES, TYPE_CODE, ItemRecord, key64
 
 from . import events as ev
 
@@ -29,8 +29,8 @@ DEFAULT_WEIGHTS: Final[Mapping[str, float]] = {
 }
 _WEIGHT_LIMIT: Final = 100.0
 # A review's weight runs from -1 (one star) over 0 to 1 (five).
-_NEUTRAL_RATING: Final = 3.0
-_RATING_SPAN: Final = 2.0
+NEUTRAL_RATING: Final = 3.0
+RATING_SPAN: Final = 2.0
 
 
 def event_weights(overrides: Mapping[str, float]) -> dict[str, float]:
@@ -49,7 +49,7 @@ class Columns:
 
     users: dict[str, int] = field(default_factory=dict)  # user id -> row
     row: list[int] = field(default_factory=list)
-    event: list[bytes] = field(default_factory=list)  # 8 bytes, b"" without an id
+    event: list[int] = field(default_factory=list)  # key of the event id, 0 without one
     t_ms: list[int] = field(default_factory=list)
     type: list[int] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
@@ -58,6 +58,17 @@ class Columns:
     spend: list[float] = field(default_factory=list)
     foreign: list[bool] = field(default_factory=list)
     inline: dict[str, ItemRecord] = field(default_factory=dict)  # item id -> what events say of it
+
+    def arrange(self, first: int, order: Sequence[int]) -> None:
+        """Put the events from `first` on into this order: positions, counted from there."""
+        for name in _PER_EVENT:
+            column: list[Any] = getattr(self, name)
+            column[first:] = [column[first + i] for i in order]
+
+
+_PER_EVENT: Final = (
+    "row", "event", "t_ms", "type", "weight", "item_id", "text", "spend", "foreign",
+)  # fmt: skip
 
 
 def add_columns(
@@ -68,7 +79,7 @@ def add_columns(
     weight_of = {kind: weights.get(kind, 0.0) for kind in _CODE}
     users, first = out.users, len(out.row)
     out.row += [users.setdefault(event.user_id, len(users)) for event in batch]
-    out.event += [key_bytes(e.event_id) if e.event_id is not None else b"" for e in batch]
+    out.event += [key64(e.event_id) if e.event_id is not None else 0 for e in batch]
     out.t_ms += [event.ts for event in batch]
     out.type += [_CODE[kind] for kind in kinds]
     out.weight += [weight_of[kind] for kind in kinds]
@@ -81,7 +92,7 @@ def add_columns(
             out.foreign[i] = event.currency not in (None, currency)
             out.spend[i] = 0.0 if out.foreign[i] else (event.price or 0.0) * event.quantity
         elif isinstance(event, ev.Review):
-            out.weight[i] *= (event.rating - _NEUTRAL_RATING) / _RATING_SPAN
+            out.weight[i] *= (event.rating - NEUTRAL_RATING) / RATING_SPAN
         elif isinstance(event, ev.Search):
             out.text[i] = event.query if out.weight[i] else ""
         elif isinstance(event, ev.Message):

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -81,18 +81,16 @@ class Slice:
         """The offset to commit once this slice is saved."""
         return self.offsets[-1] + 1
 
-    def parts(self, records: int) -> Iterator[Slice]:
-        """This slice in pieces of at most so many records."""
-        for i in range(0, len(self.offsets), records):
-            j = i + records
-            yield replace(
-                self,
-                offsets=self.offsets[i:j],
-                keys=self.keys[i:j],
-                values=self.values[i:j],
-                timestamps_ms=self.timestamps_ms[i:j],
-                headers=self.headers[i:j],
-            )
+    def at(self, positions: Sequence[int]) -> Slice:
+        """Only the records at these positions."""
+        return replace(
+            self,
+            offsets=[self.offsets[i] for i in positions],
+            keys=[self.keys[i] for i in positions],
+            values=[self.values[i] for i in positions],
+            timestamps_ms=[self.timestamps_ms[i] for i in positions],
+            headers=[self.headers[i] for i in positions],
+        )
 
 
 @dataclass(frozen=True)

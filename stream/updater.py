@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -39,6 +41,7 @@ from .forwarding import Forwarder, origin_of
 from .intake import MicroBatch, Slice
 from .migration import Migrator
 from .neighbours import Fold, PairSender, Place
+from .scanning import Scanner, add_scanned
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -120,6 +123,7 @@ class Updater:
         self._dead_letters = dead_letters
         self._layout = layout
         self._weights = weights
+        self._scanner = Scanner(weights, layout.currency)
         self._forwarder = forwarder
         self._pairs = pairs
         self._epoch = -1
@@ -150,6 +154,12 @@ class Updater:
         release from its first vector to its save."""
         self._catalogue = catalogue
 
+    def warm_up(self) -> None:
+        """Make ready what is compiled: half a minute where it never was on such a machine, a
+        second where it was."""
+        self._scanner.scan([], [], 0)
+        self._profiles.warm_up()
+
     # --- take apart
 
     def take_apart(self, batch: MicroBatch) -> TakenApart:
@@ -165,17 +175,15 @@ class Updater:
                 if piece.topic == self._items_topic:
                     items.append(self._take_items(piece))
                     continue
-                for part in piece.parts(_PART_RECORDS):
-                    events, index = self._take_events(part)
-                    add_columns(columns, events, self._weights, self._layout.currency)
-                    forwarded = piece.topic == self._forwarded_topic
-                    part_sources, part_offsets = origin_of(part, index, forwarded)
-                    sources += part_sources
-                    offsets += part_offsets
-                    if forwarded and self._pairs is not None:
-                        places = zip(part_sources, part_offsets, strict=True)
-                        for i, place in zip(index, places, strict=True):
-                            read.setdefault(place, (part.source, part.offsets[i]))
+                index = self._take_events(piece, columns)
+                forwarded = piece.topic == self._forwarded_topic
+                piece_sources, piece_offsets = origin_of(piece, index, forwarded)
+                sources += piece_sources
+                offsets += piece_offsets
+                if forwarded and self._pairs is not None:
+                    places = zip(piece_sources, piece_offsets, strict=True)
+                    for i, place in zip(index, places, strict=True):
+                        read.setdefault(place, (piece.source, piece.offsets[i]))
             self._dead_letters.flush()
             if self._forwarder is not None:
                 self._forwarder.flush()
@@ -189,8 +197,28 @@ class Updater:
                 max((s.epoch for s in batch.slices), default=-1),
             )
 
-    def _take_events(self, piece: Slice) -> tuple[list[ev.Event], list[int]]:
-        ahead_ms = int(self._settings.stream.max_ahead_s * 1000)
+    def _take_events(self, piece: Slice, columns: Columns) -> list[int]:
+        """Add the events of a slice, in order; their positions in it."""
+        first, ahead_ms = len(columns.row), int(self._settings.stream.max_ahead_s * 1000)
+        index: list[int] = []
+        left: Sequence[int] = range(len(piece.values))
+        if self._forwarder is None:  # which sends events on as they were parsed
+            scanned = self._scanner.scan(piece.values, piece.timestamps_ms, ahead_ms)
+            add_scanned(columns, scanned)
+            index, left = scanned.index, scanned.others
+            self._rejects.add(len(index), [])
+        for i in range(0, len(left), _PART_RECORDS):
+            part = left[i : i + _PART_RECORDS]
+            events, of_these = self._parse(piece.at(part), ahead_ms)
+            add_columns(columns, events, self._weights, self._layout.currency)
+            index += [part[k] for k in of_these]
+        order = sorted(range(len(index)), key=index.__getitem__) if left else []
+        if order != list(range(len(order))):
+            columns.arrange(first, order)
+            index.sort()
+        return index
+
+    def _parse(self, piece: Slice, ahead_ms: int) -> tuple[list[ev.Event], list[int]]:
         parsed = ev.parse(piece.values, piece.timestamps_ms, ahead_ms)
         self._reject(piece, parsed.rejects)
         if self._forwarder is None:
@@ -275,9 +303,9 @@ class Updater:
             text[at] = True
         events = EventColumns(
             row=np.asarray(taken.row, dtype=np.int64),
-            source=batch.sources,
-            offset=batch.offsets,
-            event=taken.event,
+            source=np.asarray(batch.sources, dtype=np.uint64),
+            offset=np.asarray(batch.offsets, dtype=np.int64),
+            event=np.asarray(taken.event, dtype=np.uint64),
             t_ms=np.asarray(taken.t_ms, dtype=np.int64),
             type=np.asarray(taken.type, dtype=np.uint8),
             weight=weight,
@@ -311,23 +339,53 @@ class Updater:
             metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
 
     def _in_lanes(self, prepared: Prepared) -> None:
-        """All rounds, for parts of the users at the same time."""
-        users, catalogue, events = prepared.users, prepared.catalogue, prepared.events
-        if len(users) < _LANES * _LANE_USERS:
-            self._rounds(users, catalogue, events, prepared.forwarded)
-            return
-        lane_rows: list[list[int]] = [[] for _ in range(_LANES)]
-        for row, user in enumerate(users):
-            lane_rows[lane_of(user)].append(row)
-
-        def run(rows: list[int]) -> None:
-            ids, mine = [users[row] for row in rows], _of_users(events, rows)
-            self._rounds(ids, catalogue, mine, prepared.forwarded)
-
-        lanes = [self._lanes.submit(run, rows) for rows in lane_rows if rows]
+        """All of it, for parts of the users at the same time where there are many."""
+        count = _LANES if len(prepared.users) >= _LANES * _LANE_USERS else 1
+        parts = self._plain_parts if self._pairs is None else self._parts_with_pairs
+        lanes = [self._lanes.submit(part) for part in parts(prepared, count)]
         wait(lanes)  # all, even where one failed: nothing may be at work when this returns
         for lane in lanes:
             lane.result()
+
+    def _plain_parts(self, prepared: Prepared, count: int) -> list[Callable[[], None]]:
+        users, catalogue, events = prepared.users, prepared.catalogue, prepared.events
+        ends = [len(users) * part // count for part in range(count + 1)]
+        return [
+            partial(self._fold_and_save, users[begin:end], begin, catalogue, events)
+            for begin, end in pairwise(ends)
+        ]
+
+    def _parts_with_pairs(self, prepared: Prepared, count: int) -> list[Callable[[], None]]:
+        """By shopper, so that who was in a lane stays there: pairs are counted by their order."""
+        users, catalogue, events = prepared.users, prepared.catalogue, prepared.events
+        if count == 1:
+            return [partial(self._rounds, users, catalogue, events, prepared.forwarded)]
+        rows: list[list[int]] = [[] for _ in range(_LANES)]
+        for row, user in enumerate(users):
+            rows[lane_of(user)].append(row)
+
+        def fold(mine: list[int]) -> None:
+            ids = [users[row] for row in mine]
+            self._rounds(ids, catalogue, _of_users(events, mine), prepared.forwarded)
+
+        return [partial(fold, mine) for mine in rows if mine]
+
+    def _fold_and_save(
+        self, users: Sequence[str], first: int, catalogue: Catalogue, events: EventColumns
+    ) -> None:
+        """The users are rows `first`, … of the events. The store does what is plain."""
+        done = self._profiles.fold(
+            users, events, first, catalogue.space, catalogue.names_of, self._clock()
+        )
+        metrics.SAVES.inc(done.saved)
+        metrics.SAVES_REFUSED.inc(done.refused)
+        metrics.EVENTS_APPLIED.inc(done.applied)
+        metrics.EVENTS_REPLAYED.inc(done.replayed)
+        metrics.EVENTS_REPEATED.inc(done.repeated)
+        self._warn_of_split(done.split)
+        if done.again:
+            of_these = _of_users(events, [first + row for row in done.again])
+            self._rounds([users[row] for row in done.again], catalogue, of_these, {})
 
     def _rounds(
         self,
@@ -346,7 +404,7 @@ class Updater:
             rounds = [
                 self._fold_round(ids, rows, left, profiles, catalogue, events, space, moved)
                 for profiles, rows, space, moved in self._migrator.bring(
-                    self._profiles.load(ids), catalogue
+                    self._profiles.load(ids, anew=events is None), catalogue
                 )
             ]
             if self._pairs is not None and events is not None and turn == 0:
@@ -409,7 +467,7 @@ class Updater:
             vector = self._migrator.express(items, events.vector, catalogue.space, space)
             events = replace(events, vector=vector)
         folded = arithmetic.fold(profiles, events, self._layout, space)
-        self._warn_of_split(profiles, folded)
+        self._warn_of_split(sum(_gained_partition(profiles, row) for row in folded.touched))
         return folded, events
 
     def _report(self, events: EventColumns, folded: Folded, refused: Sequence[int]) -> None:
@@ -420,8 +478,7 @@ class Updater:
         metrics.EVENTS_REPEATED.inc(folded.repeated)
         metrics.USERS_FORGOTTEN.inc(folded.forgotten)
 
-    def _warn_of_split(self, profiles: Profiles, folded: Folded) -> None:
-        split = sum(_gained_partition(profiles, row) for row in folded.touched)
+    def _warn_of_split(self, split: int) -> None:
         if split:
             metrics.USERS_SPLIT.inc(split)
             if not self._told_split and self._forwarder is None:
@@ -483,23 +540,8 @@ def _of_users(events: EventColumns, rows: Sequence[int]) -> EventColumns:
     new_row = np.full(int(events.row.max()) + 1, -1)
     new_row[list(rows)] = np.arange(len(rows))
     at = np.flatnonzero(new_row[events.row] >= 0)
-    picked = at.tolist()
-    return EventColumns(
-        row=new_row[events.row[at]],
-        source=[events.source[i] for i in picked],
-        offset=[events.offset[i] for i in picked],
-        event=[events.event[i] for i in picked],
-        t_ms=events.t_ms[at],
-        type=events.type[at],
-        weight=events.weight[at],
-        item=events.item[at],
-        category=events.category[at],
-        vector=events.vector[at],
-        resolved=events.resolved[at],
-        text=events.text[at],
-        spend=events.spend[at],
-        foreign=events.foreign[at],
-    )
+    picked = {name: column[at] for name, column in vars(events).items()}
+    return EventColumns(**{**picked, "row": new_row[events.row[at]]})
 
 
 def _record(item: ev.Item) -> ItemRecord:

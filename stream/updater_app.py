@@ -52,8 +52,11 @@ A = TypeVar("A")
 _RETRY_FIRST_S: Final = 0.1
 _RETRY_MOST_S: Final = 5.0
 # A micro-batch makes tens of thousands of objects and drops them. At Python's own pace (700, 10,
-# 10) the collector walks all that torch and Faust have loaded for it: a sixth of the CPU time.
+# 10) the collector walks all that torch and Faust have loaded for it: a sixth of the CPU time. What
+# was loaded at the start stays for good, so it is frozen: no collection walks it any more.
 _GC_THRESHOLDS: Final = (50_000, 10, 10)
+# A start that takes longer than this has compiled.
+_WARM_S: Final = 5.0
 # At the end, for threads to notice that nothing more is expected of them.
 _REST_S: Final = 0.5
 
@@ -102,7 +105,7 @@ def build_updater(settings: Settings, engine: Engine, partitions: int) -> Update
         where=settings.redis.url,
         cached=settings.stream.cached_profiles,
     )
-    return Updater(
+    updater = Updater(
         settings,
         catalogue,
         store,
@@ -116,6 +119,20 @@ def build_updater(settings: Settings, engine: Engine, partitions: int) -> Update
             PairSender(settings, pairs_partitions(settings)) if settings.learn.neighbours else None
         ),
     )
+    _warm_up(updater)
+    return updater
+
+
+def _warm_up(updater: Updater) -> None:
+    """Before the first event, which would wait. Raises UserError."""
+    began_s = time.monotonic()
+    try:
+        updater.warm_up()
+    except RuntimeError as error:  # numba finds no folder to keep what it compiled
+        raise UserError(f"{error}: set NUMBA_CACHE_DIR to a writable folder") from error
+    took_s = time.monotonic() - began_s
+    if took_s > _WARM_S:
+        log.info("compiled the scanner and the fold in %.0f s, for later starts too", took_s)
 
 
 def build_swapper(settings: Settings, updater: Updater) -> Swapper:
@@ -309,6 +326,8 @@ class Worker:
 
     def run(self) -> None:
         """Run until a signal; raises what made it stop otherwise."""
+        gc.collect()
+        gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
         server = metrics.serve(self._settings.stream.metrics_port, self.live, self.ready)
         self._swapper.start()

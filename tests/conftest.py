@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -77,13 +79,19 @@ def redis_client(redis_url: str) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture(scope="session")
-def tansu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tansu]:
+def compiled() -> None:
+    """The worker's inner loops, so that no worker of a test spends its patience on compiling."""
+    subprocess.run([sys.executable, "-m", "stream.compile_ahead"], check=True)
+
+
+@pytest.fixture(scope="session")
+def tansu(tmp_path_factory: pytest.TempPathFactory, compiled: None) -> Iterator[Tansu]:
     with ExitStack() as stack:
         yield _start(stack, lambda: Tansu(tmp_path_factory.mktemp("tansu")))
 
 
 @pytest.fixture(scope="session")
-def apache_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApacheKafka]:
+def apache_kafka(tmp_path_factory: pytest.TempPathFactory, compiled: None) -> Iterator[ApacheKafka]:
     """One node. Mark the test `kafka`."""
     with ExitStack() as stack:
         yield _start(stack, lambda: ApacheKafka(tmp_path_factory.mktemp("kafka")))
@@ -106,6 +114,7 @@ def start_tansu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
 @pytest.fixture
 def start_apache_kafka(
     tmp_path_factory: pytest.TempPathFactory,
+    compiled: None,
 ) -> Iterator[Callable[..., ApacheKafka]]:
     """`start_apache_kafka(nodes=3)`: a cluster of the test's own. Mark the test `kafka`."""
     yield from _factory(ApacheKafka, tmp_path_factory)

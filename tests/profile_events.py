@@ -62,9 +62,9 @@ def columns(events: Sequence[Event], users: Sequence[str]) -> EventColumns:
             vector[i] = event.vector
     return EventColumns(
         row=np.array([row_of[e.user_id] for e in events], dtype=np.int64),
-        source=[e.source for e in events],
-        offset=[e.offset for e in events],
-        event=[e.event_key or b"" for e in events],
+        source=np.array([e.source for e in events], dtype=np.uint64),
+        offset=np.array([e.offset for e in events], dtype=np.int64),
+        event=np.array([int.from_bytes(e.event_key or b"", "little") for e in events], np.uint64),
         t_ms=np.array([e.t_ms for e in events], dtype=np.int64),
         type=np.array(
             [arithmetic.FORGET if e.type == FORGET else TYPE_CODE[e.type] for e in events],
@@ -97,7 +97,7 @@ class Shelf:
         )
 
     def save(self, users: Sequence[str], profiles: Profiles) -> None:
-        self.states |= zip(users, arithmetic.states(arithmetic.pack(profiles)), strict=True)
+        self.states |= zip(users, arithmetic.pack(profiles), strict=True)
         self.fences |= {
             user_id: arithmetic.write_fence(1, 2, 3, watermark)
             for user_id, watermark in zip(users, profiles.watermarks, strict=True)

@@ -89,9 +89,9 @@ def _columns(users: list[str], events: list, row_of: dict[str, int], vectors: Fl
     at = np.array([row_of[e.item_id] for e in events])
     return EventColumns(
         row=np.array([user_row[e.user_id] for e in events]),
-        source=[1] * m,
-        offset=list(range(m)),
-        event=[b""] * m,
+        source=np.ones(m, dtype=np.uint64),
+        offset=np.arange(m),
+        event=np.zeros(m, dtype=np.uint64),
         t_ms=np.array([e.ts for e in events]),
         type=np.full(m, 1, dtype=np.uint8),
         weight=np.ones(m, dtype=np.float32),

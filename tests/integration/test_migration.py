@@ -77,9 +77,9 @@ def fill(catalogue: Catalogue, store: ProfileStore, ago_s: float = 0.0) -> None:
     m = len(USERS)
     events = EventColumns(
         row=np.arange(m),
-        source=[1] * m,
-        offset=list(range(m)),
-        event=[b""] * m,
+        source=np.ones(m, dtype=np.uint64),
+        offset=np.arange(m),
+        event=np.zeros(m, dtype=np.uint64),
         t_ms=np.full(m, NOW_MS),
         type=np.full(m, 1, dtype=np.uint8),
         weight=np.ones(m, dtype=np.float32),

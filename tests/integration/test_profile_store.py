@@ -88,8 +88,9 @@ def store(open_store: OpenStore, redis_url: str) -> ProfileStore:
     return open_store(redis_url)
 
 
-def fold(store: ProfileStore, events: Sequence[Event], now_s: float = NOW_S) -> None:
-    """What an updater does with a micro-batch: load, fold, save; the refused again."""
+def fold_generally(store: ProfileStore, events: Sequence[Event], now_s: float = NOW_S) -> None:
+    """What an updater does with the users whom `ProfileStore.fold` leaves: load, fold, save; the
+    refused again."""
     left = sorted({event.user_id for event in events})
     while left:
         profiles = store.load(left)
@@ -97,6 +98,23 @@ def fold(store: ProfileStore, events: Sequence[Event], now_s: float = NOW_S) -> 
         folded = arithmetic.fold(profiles, columns(theirs, left), LAYOUT, SPACE)
         refused = store.save(left, profiles, folded.touched, CATEGORY_NAMES, now_s)
         left = [left[row] for row in refused]
+
+
+def fold_here(store: ProfileStore, events: Sequence[Event], now_s: float = NOW_S) -> None:
+    """What an updater does with a micro-batch: all at once; the general way for who is left."""
+    users = sorted({event.user_id for event in events})
+    done = store.fold(users, columns(events, users), 0, SPACE, lambda keys: CATEGORY_NAMES, now_s)
+    left = {users[i] for i in done.again}
+    fold_generally(store, [event for event in events if event.user_id in left], now_s)
+
+
+fold = fold_here
+
+
+@pytest.fixture(params=[fold_here, fold_generally], ids=["compiled", "general"], autouse=True)
+def fold_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a store promises, it promises of both ways."""
+    monkeypatch.setitem(globals(), "fold", request.param)
 
 
 def loaded(store: ProfileStore, events: Sequence[Event]) -> tuple[list[str], Profiles]:
@@ -272,6 +290,17 @@ def test_a_remembered_profile_that_another_writer_changed_is_loaded_again(
     for i, store in enumerate((here, there, there, here)):
         fold(store, events[: i + 1])
     assert_as_computed(redis_url, namespace, events)
+
+
+def test_a_remembered_profile_is_read_from_redis_where_that_is_asked(
+    open_store: OpenStore, redis_url: str
+) -> None:
+    """Who holds an old copy must not conclude from it that nothing is waiting."""
+    here, there = (open_store(redis_url, writer=w, cached=10) for w in (1, 2))
+    events = in_topic(item_event(i % 6) for i in range(2))
+    fold(here, events[:1])
+    fold(there, events)
+    assert here.load(["u"], anew=True).header["events"].tolist() == [2]
 
 
 def test_what_was_folded_but_not_saved_is_not_remembered(

@@ -552,7 +552,7 @@ def test_no_events_and_no_users_are_no_special_case() -> None:
     profiles = arithmetic.unpack([], [], LAYOUT)
     folded = arithmetic.fold(profiles, columns([], []), LAYOUT, SPACE)
     assert (len(folded.applied), folded.touched) == (0, [])
-    assert arithmetic.states(arithmetic.pack(profiles)) == []
+    assert arithmetic.pack(profiles) == []
     assert arithmetic.glances(profiles, {}) == []
     assert arithmetic.resolve_pending(profiles, {}, {}, LAYOUT, SPACE) == 0
 

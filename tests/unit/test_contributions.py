@@ -65,7 +65,8 @@ def test_an_event_id_becomes_the_head_of_its_sha256_and_no_id_stays_empty() -> N
         DEFAULT_WEIGHTS,
         "USD",
     )
-    assert made.event == [hashlib.sha256(b"e-1").digest()[:8], b""]
+    head = hashlib.sha256(b"e-1").digest()[:8]
+    assert made.event == [int.from_bytes(head, "little"), 0]
     assert made.type == [FORGET, FORGET]
 
 

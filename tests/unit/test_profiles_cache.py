@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from profiles.arithmetic import Row
-from profiles.cache import ProfileCache
+from profiles.cache import ProfileCache, Row
 
 
 def _row(name: str) -> Row:
-    return (name.encode(), b"", b"", b"", b"", {}, b"")
+    return (name.encode(), b"")
 
 
 def test_what_was_put_in_is_taken_out_once() -> None:

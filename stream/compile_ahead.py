@@ -1,0 +1,20 @@
+"""`python -m stream.compile_ahead`: compile what a worker runs compiled, so that its first start on
+this machine need not. What was compiled before is only loaded."""
+
+from __future__ import annotations
+
+from profiles.arithmetic import Layout
+from profiles.kernel import Kernel
+from profiles.schema import Keys
+
+from .scanning import Scanner
+
+
+def main() -> None:
+    """The machine code does not depend on any setting."""
+    Scanner({}, "USD").scan([], [], 0)
+    Kernel(Layout(dimensions=8), Keys("any"), script_sha="", ttl_s=1, chunk=1).warm_up()
+
+
+if __name__ == "__main__":
+    main()

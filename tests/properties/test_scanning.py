@@ -1,0 +1,140 @@
+"""The compiled scanner against pydantic: what it takes is what `parse` makes of it, and no more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from profiles.schema import key64
+from stream.contributions import Columns, add_columns, columns, event_weights
+from stream.events import MAX_TS_MS, MIN_TS_MS, parse
+from stream.scanning import Scanner, add_scanned
+from tests.properties.test_event_parsing import damaged_bytes, damaged_json, json_values
+
+AHEAD_MS, NOW_MS = 300_000, 1_760_000_000_000
+WEIGHTS = event_weights({"view": 0.25, "impression": 0.1})
+SCANNER = Scanner(WEIGHTS, "EUR")
+
+printable = st.characters(min_codepoint=0x20, max_codepoint=0x7F)
+words = st.text(printable, max_size=12) | st.sampled_from(["", " a", "a ", "a\x00", "ü", "a" * 129])
+numbers = (
+    st.integers(-1, 10**7)
+    | st.floats(-1, 1e13)
+    | st.decimals(0, 10**6, places=2).map(float)
+    | st.sampled_from([0, 5, 1e12, 1e-7, 4.999999999999999, 0.1, 1_000_001])
+)
+times = st.integers(MIN_TS_MS - 1, MAX_TS_MS + 1) | st.integers(NOW_MS, NOW_MS + 2 * AHEAD_MS)
+types = st.sampled_from(
+    ["impression", "view", "click", "add_to_cart", "remove_from_cart", "purchase", "review"]
+)
+spacing = st.sampled_from([(",", ":"), (", ", ": ")])
+
+
+@st.composite
+def nearly_plain(draw: st.DrawFn) -> bytes:
+    """An event of the plain sort, or one that just is not."""
+    fields: dict[str, Any] = {"type": draw(types), "user_id": "u-1", "item_id": "85123A"}
+    if fields["type"] == "review":
+        fields["rating"] = draw(numbers | st.floats(1, 5))
+    fields |= draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "schema_version": st.sampled_from([1, 1, 1, 2, 0, "1", None]),
+                "event_id": words | st.none(),
+                "user_id": words,
+                "item_id": words,
+                "session_id": words | st.none(),
+                "ts": times | st.none(),
+                "price": numbers | st.none(),
+                "currency": st.sampled_from(["EUR", "USD", "eur", "EURO", "", None]),
+                "quantity": numbers,
+                "text": words,
+                "placement": words | st.none(),
+                "title": st.none() | words,
+                "category": st.none() | words,
+                "brand": st.none(),
+                "colour": json_values,
+            },
+        )
+    )
+    named = [json.dumps(name) for name in draw(st.permutations(list(fields)))]
+    comma, colon = draw(spacing)
+    members = [f"{n}{colon}{json.dumps(fields[json.loads(n)], ensure_ascii=False)}" for n in named]
+    if draw(st.integers(0, 9)) == 0:
+        members.append(draw(st.sampled_from(members)))
+    return f"{{{comma.join(members)}}}".encode()
+
+
+def both(values: Sequence[bytes | None], record_ms: Sequence[int]) -> tuple[Columns, Columns, int]:
+    """By the scanner with `parse` for the others, and by `parse` alone; how many it took."""
+    scanned = SCANNER.scan(values, record_ms, AHEAD_MS)
+    out = Columns()
+    add_scanned(out, scanned)
+    others = parse(
+        [values[i] for i in scanned.others], [record_ms[i] for i in scanned.others], AHEAD_MS
+    )
+    add_columns(out, others.events, WEIGHTS, "EUR")
+    index = scanned.index + [scanned.others[i] for i in others.index]
+    out.arrange(0, sorted(range(len(index)), key=index.__getitem__))
+    parsed = parse(values, record_ms, AHEAD_MS)
+    assert sorted(index) == parsed.index
+    return out, columns(parsed.events, WEIGHTS, "EUR"), len(scanned.index)
+
+
+def assert_same(out: Columns, want: Columns) -> None:
+    names = [list(columns.users) for columns in (out, want)]
+    users = [[of[row] for row in side.row] for of, side in zip(names, (out, want), strict=True)]
+    assert users[0] == users[1]
+    for name in ("event", "t_ms", "type", "weight", "item_id", "text", "spend", "foreign"):
+        assert getattr(out, name) == getattr(want, name), name
+    assert out.inline == want.inline
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.none() | nearly_plain() | nearly_plain() | damaged_json() | damaged_bytes(),
+            st.sampled_from([NOW_MS, NOW_MS, 0, -1, MAX_TS_MS + 1]),
+        ),
+        max_size=8,
+    )
+)
+@example([(b'{"type":"view","user_id":"u","item_id":"i","user_id":"v"}', NOW_MS)])
+@example([(b'{"type":"view","user_id":"u","item_id":"i"},{}', NOW_MS)])
+@example([(b'{"type":"view","user_id":"u","item_id":"i","price":01}', NOW_MS)])
+@example([(b'{"type":"view","user_id":"u","item_id":"i","price":1.}', NOW_MS)])
+@example([(b'{"type":"view","user_id":"u","item_id":"i",}', NOW_MS)])
+def test_the_scanner_and_parse_make_the_same_of_all_records(
+    records: list[tuple[bytes | None, int]],
+) -> None:
+    out, want, _ = both([value for value, _ in records], [at for _, at in records])
+    assert_same(out, want)
+
+
+@pytest.mark.parametrize("size", [1, 8, 54, 55, 56, 63, 64, 119, 120, 128])
+def test_ids_of_any_length_have_the_key_of_their_sha256(size: int) -> None:
+    event_id = "".join(chr(33 + (7 * i) % 90) for i in range(size)).replace("\\", "x")
+    event_id = event_id.replace('"', "y")
+    value = {"type": "click", "user_id": "u", "item_id": "i", "event_id": event_id}
+    scanned = SCANNER.scan([json.dumps(value).encode()], [NOW_MS], AHEAD_MS)
+    assert scanned.event == [key64(event_id)]
+
+
+def test_plain_events_do_not_need_parse() -> None:
+    values = [
+        b'{"schema_version":1,"event_id":"e","user_id":"u","ts":1750000000000,"session_id":"s",'
+        b'"item_id":"i","type":"purchase","price":2.55,"currency":"EUR","quantity":6}',
+        b'{"type": "review", "rating": 4.5, "text": "Nice!", "user_id": "u", "item_id": "i"}',
+        b'{"type":"impression","placement":"top","campaign":null,"user_id":"u","item_id":"i"}',
+        b'{"type":"view","user_id":"u","item_id":"i","title":null,"category":null,"ts":null}',
+    ]
+    out, want, taken = both(values, [NOW_MS] * len(values))
+    assert taken == len(values)
+    assert_same(out, want)
+    assert out.spend[0] == 2.55 * 6
