@@ -342,6 +342,7 @@ class Worker:
             if stop.code and self.error is None:
                 raise
         finally:
+            gc.unfreeze()  # or libraries complain at the end of what was never collected
             self._swapper.stop()
             if server is not None:
                 server.stop()
