@@ -172,7 +172,7 @@ class Updater:
                     part_sources, part_offsets = origin_of(part, index, forwarded)
                     sources += part_sources
                     offsets += part_offsets
-                    if forwarded:
+                    if forwarded and self._pairs is not None:
                         places = zip(part_sources, part_offsets, strict=True)
                         for i, place in zip(index, places, strict=True):
                             read.setdefault(place, (part.source, part.offsets[i]))
