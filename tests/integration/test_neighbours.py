@@ -23,10 +23,11 @@ from profiles import neighbours
 from profiles.neighbour_store import NeighbourStore
 from profiles.neighbours import Neighbours, TallyLayout
 from profiles.schema import NEAR, SAVE_NEIGHBOURS_SCRIPT, SAVE_SCRIPT, TALLY, Keys
+from stream.errors import UserError
 from stream.events import Forget, Item, View
 from stream.intake import MicroBatch, Slice
 from stream.local_stack import ApacheKafka
-from stream.neighbours import NeighbourFolder
+from stream.neighbours import NeighbourFolder, pairs_partitions
 from stream.producer import EventProducer
 from stream.settings import (
     KafkaSettings,
@@ -216,3 +217,14 @@ def test_large_batches_and_forwarded_events_give_every_pair_once(
     )
     assert not wrong, f"{len(wrong)} differences in {len(stored)} items: {wrong[:20]}"
     assert len(stored) == 30
+
+
+def test_neighbours_need_their_topic(namespace: str, apache_kafka: ApacheKafka) -> None:
+    kafka = KafkaSettings(bootstrap=apache_kafka.bootstrap, partitions=5)
+    without = Settings(namespace=namespace, kafka=kafka)
+    create_topics(without)
+    settings = without.model_copy(update={"learn": LearnSettings(neighbours=True)})
+    with pytest.raises(UserError, match="pairs: run `penchant topics create`"):
+        pairs_partitions(settings)
+    create_topics(settings)
+    assert pairs_partitions(settings) == 5
