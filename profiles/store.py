@@ -55,12 +55,16 @@ class ProfileStore:
         self._where = address(where) if where else "REDIS_URL"
         self._cache = ProfileCache(cached)
 
-    def load(self, user_ids: Sequence[str]) -> Profiles:
-        """The profiles of n users, no user twice; who has none gets an empty one.
+    def load(self, user_ids: Sequence[str], *, fresh: bool = False) -> Profiles:
+        """The profiles of n users, no user twice; who has none gets an empty one. `fresh`: as Redis
+        has them, whatever is remembered; for users of whom there may be nothing to save, so that no
+        refusal would tell that others wrote meanwhile.
 
         Raises RedisUnavailable, SchemaTooNew, LayoutMismatch, StateCorrupt.
         """
         rows = self._cache.take(user_ids)
+        if fresh:
+            rows = [None] * len(rows)
         missing = [i for i, row in enumerate(rows) if row is None]
         fetched = self._fetch([user_ids[i] for i in missing])
         if len(missing) == len(rows):

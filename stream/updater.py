@@ -346,7 +346,7 @@ class Updater:
             rounds = [
                 self._fold_round(ids, rows, left, profiles, catalogue, events, space, moved)
                 for profiles, rows, space, moved in self._migrator.bring(
-                    self._profiles.load(ids), catalogue
+                    self._profiles.load(ids, fresh=events is None), catalogue
                 )
             ]
             if self._pairs is not None and events is not None and turn == 0:

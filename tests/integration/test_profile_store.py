@@ -274,6 +274,19 @@ def test_a_remembered_profile_that_another_writer_changed_is_loaded_again(
     assert_as_computed(redis_url, namespace, events)
 
 
+def test_a_fresh_load_tells_what_another_writer_saved(
+    open_store: OpenStore, redis_url: str
+) -> None:
+    """Who has nothing to save is never refused, and would not hear of it."""
+    here, there = (open_store(redis_url, writer=w, cached=10) for w in (1, 2))
+    events = in_topic(item_event(i % 6) for i in range(2))
+    fold(here, events[:1])
+    fold(there, events)
+    assert here.load(["u"], fresh=True).header["events"].tolist() == [2]
+    fold(there, in_topic(item_event(i % 6) for i in range(3)))
+    assert here.load(["u"]).header["events"].tolist() == [3]  # what it held is let go of
+
+
 def test_what_was_folded_but_not_saved_is_not_remembered(
     open_store: OpenStore, redis_url: str, namespace: str
 ) -> None:
