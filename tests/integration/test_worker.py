@@ -544,6 +544,26 @@ def test_users_on_two_partitions_have_right_profiles(
         assert 1 <= len(told) <= 2  # once per worker
 
 
+def test_who_waits_for_a_text_is_found_by_a_worker_with_an_old_copy_of_them(
+    make_shop: MakeShop,
+) -> None:
+    """It folded them before another worker did, and is the one that gets the item."""
+    shop = make_shop()
+    shop.send(ITEMS[0], _view("u"))
+    with LocalWorker(shop.settings):
+        shop.wait_folded()
+        other = LocalWorker(shop.settings).updater
+        later = _view("u", "i9", T_MS + 1).to_json()
+        piece = Slice(
+            shop.settings.topic("events"), 0, 1, 7, [0], [b"u"], [later], [T_MS + 1], [None]
+        )
+        other.apply(other.prepare(other.take_apart(MicroBatch((piece,)))))
+        assert shop.profile("u").pending == 1
+        shop.send(_item("i9", "Copper kettle"))
+        shop.wait_folded()
+        assert shop.profile("u").pending == 0
+
+
 def test_forwarding_is_not_turned_off_before_what_was_sent_on_is_folded(
     make_shop: MakeShop,
 ) -> None:
