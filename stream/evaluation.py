@@ -277,7 +277,7 @@ def _heads(data: Recorded, whole: WholeProfile) -> tuple[Head, ...]:
     if not whole.foretold.event:
         return ()
     event = np.concatenate(whole.foretold.event)
-    labelled = windows_of(data, data.events)
+    labelled = windows_of(data, data.events, user_events=max(len(data.events), 1))
     # Windows stand by user, then in the order of the events.
     names = np.argsort(np.argsort(np.array(data.user_ids)))
     place = np.empty(len(data.events), dtype=np.int64)

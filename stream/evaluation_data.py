@@ -80,10 +80,9 @@ def recorded(data: Dataset, name: str = "") -> Recorded:
     )
 
 
-def windows_of(data: Recorded, events: Events) -> Labelled:
-    """Some of a set's events as labelled windows, by the rules of the learning loop.
-
-    A review's rating is found again in its weight.
+def windows_of(data: Recorded, events: Events, user_events: int = 2_000) -> Labelled:
+    """Some of a set's events as labelled windows, by the rules of the learning loop: of each user
+    the newest `user_events`. A review's rating is found again in its weight.
     """
     weights = event_weights({})
     review = EVENT_TYPES.index("review")
@@ -105,7 +104,8 @@ def windows_of(data: Recorded, events: Events) -> Labelled:
     )
     rows = {item_id: row for row, item_id in enumerate(data.item_ids)}
     now_ms = int(events.t_ms.max(initial=0))
-    return label(archived, rows, EVENT_TYPES, Rules(weights), now_ms)
+    rules = Rules(weights, user_events=user_events)
+    return label(archived, rows, EVENT_TYPES, rules, now_ms)
 
 
 @dataclass(frozen=True)

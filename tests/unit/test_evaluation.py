@@ -14,6 +14,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from model.prequential import NO_ITEM, Events
+from model.whole_profile import Foretold, WholeProfile
+from profiles.schema import EVENT_TYPES
+from stream import evaluation
 from stream.cli import app
 from stream.datasets import load
 from stream.errors import UserError
@@ -205,3 +208,31 @@ def test_the_command_prints_a_table_of_the_set_it_was_given(tmp_path: Path) -> N
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
     assert found["dataset"] == "tiny"
     assert len(found["sections"]) == 2
+
+
+def test_what_heads_said_is_held_against_what_came_of_it() -> None:
+    """Of a user with more events than are learned from, too."""
+    hours, bought_at, week = 3_000, 2_000, 7 * 24
+    kind = np.full(hours, EVENT_TYPES.index("view"), dtype=np.uint8)
+    kind[bought_at] = EVENT_TYPES.index("purchase")
+    hour = np.arange(hours)
+    data = Recorded(
+        "shop",
+        Events(
+            np.zeros(hours, dtype=np.int64),
+            np.zeros(hours, dtype=np.int32),
+            kind,
+            hour * 3_600_000,
+            np.ones(hours, dtype=np.float32),
+        ),
+        ["user"],
+        ["item"],
+        ["text"],
+    )
+    soon = (hour < bought_at) & (hour >= bought_at - week)
+    whole = WholeProfile.__new__(WholeProfile)  # only what it said is looked at
+    whole.foretold = Foretold(hours, [hour], {"purchase": [soon.astype(np.float32)]})
+    (head,) = evaluation._heads(data, whole)
+    assert (head.name, head.auc.value, head.calibration_error) == ("purchase", 1.0, 0.0)
+    assert head.events == pytest.approx(hours - week, abs=1)
+    assert head.positive == pytest.approx(week / (hours - week), rel=0.01)
