@@ -48,7 +48,7 @@ demo-learn: env ## the same with the learning loop: fine-tuning, gate and hot sw
 	@exec $(BIN)/penchant demo --learn
 
 test: env lint ## everything, on Apache Kafka and Redis
-	@exec $(BIN)/python -m pytest
+	@exec $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: env ## ruff, mypy and the direction of imports
 	@$(BIN)/ruff check .
