@@ -75,9 +75,17 @@ class Labelled:
         sizes = (self.start[1:] - self.start[:-1])[rows]
         start = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         at = np.repeat(self.start[rows] - start[:-1], sizes) + np.arange(start[-1])
+        return self._take(at, start, [self.user[j] for j in rows.tolist()])
+
+    def take_events(self, chosen: Bools) -> Labelled:
+        """The chosen events (m,) of all users, with unchanged labels; a user may have none."""
+        kept = np.concatenate([np.zeros(1, np.int64), np.cumsum(chosen, dtype=np.int64)])
+        return self._take(np.flatnonzero(chosen), kept[self.start], self.user)
+
+    def _take(self, at: Ints, start: Ints, user: list[str]) -> Labelled:
         return Labelled(
             start=start,
-            user=[self.user[j] for j in rows.tolist()],
+            user=user,
             item=self.item[at],
             type=self.type[at],
             t_ms=self.t_ms[at],

@@ -94,8 +94,9 @@ def learn(settings: Settings, items: ItemStore, now: datetime, progress: Progres
         compatibility=settings.learn.compatibility,
         device=settings.model.device,
     )
+    newest, older = _by_age(windows, settings.learn.newest_days)
     candidate = trainer.train(
-        windows, of_items, base, EVENT_TYPES, folder, tuned, progress=progress
+        newest, of_items, base, EVENT_TYPES, folder, tuned, replay=older, progress=progress
     )
     current = base.vectors(of_items)
     transition = fit_transition(parent.space, "", current, candidate.vectors)
@@ -112,6 +113,14 @@ def learn(settings: Settings, items: ItemStore, now: datetime, progress: Progres
         make_current(release, expected=parent.id, why="learned", now=now)
     shutil.rmtree(folder)
     return Outcome(len(windows), parent, decision, release)
+
+
+def _by_age(windows: Labelled, days: float) -> tuple[Labelled, Labelled | None]:
+    """What the newest days of events hold, and what is older, if anything is."""
+    newest = windows.t_ms >= windows.t_ms.max(initial=0) - int(days * _DAY_MS)
+    if newest.all():
+        return windows, None
+    return windows.take_events(newest), windows.take_events(~newest)
 
 
 def labelled(settings: Settings, item_ids: Sequence[str]) -> Labelled:

@@ -173,6 +173,8 @@ class LearnSettings(_Group):
     epochs: Annotated[int, Field(ge=1)] = 8
     window: Annotated[int, Field(ge=2, le=1000)] = 50
     """Events of a window."""
+    newest_days: Annotated[float, Field(gt=0)] = 90.0
+    """Days of events that are gone through in full; of older ones each pass takes a few."""
     compatibility: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the term that keeps item vectors near the live release's."""
     margin: Annotated[float, Field(ge=0)] = 0.0

@@ -139,3 +139,20 @@ def test_labels_are_the_same_in_any_order_of_rows() -> None:
             },
         )  # fmt: skip
         assert labelled(shuffled).label == ["refund"]
+
+
+def test_chosen_events_keep_their_users_and_labels() -> None:
+    out = labelled(
+        events(
+            ("ann", "view", 1, 0), ("ann", "view", 9, 1), ("max", "view", 2, 0), ("max", "view", 3, 1)
+        )
+    )  # fmt: skip
+    late = out.take_events(out.t_ms >= 3)
+    assert late.user == ["ann", "max"]
+    assert late.start.tolist() == [0, 1, 2]
+    assert late.t_ms.tolist() == [9, 3]
+    early = out.take_events(out.t_ms < 2)
+    assert early.start.tolist() == [0, 1, 1]
+    # As it was: a label may lie beyond what is taken.
+    assert early.next_item.tolist() == out.next_item[:1].tolist()
+    assert early.next_item[0] >= 0
