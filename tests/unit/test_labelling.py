@@ -144,9 +144,12 @@ def test_labels_are_the_same_in_any_order_of_rows() -> None:
 def test_chosen_events_keep_their_users_and_labels() -> None:
     out = labelled(
         events(
-            ("ann", "view", 1, 0), ("ann", "view", 9, 1), ("max", "view", 2, 0), ("max", "view", 3, 1)
+            ("ann", "view", 1, 0),
+            ("ann", "view", 9, 1),
+            ("max", "view", 2, 0),
+            ("max", "view", 3, 1),
         )
-    )  # fmt: skip
+    )
     late = out.take_events(out.t_ms >= 3)
     assert late.user == ["ann", "max"]
     assert late.start.tolist() == [0, 1, 2]
