@@ -302,8 +302,10 @@ def _with_own_releases(
 
 
 def _trainer(settings: Settings, log: Path) -> ServerProcess:
-    """`penchant trainer` likewise."""
-    return _process("The trainer", "trainer", settings, log)
+    """`penchant trainer` likewise, with a port of its own for its metrics."""
+    stream = settings.stream.model_copy(update={"metrics_port": free_port()})
+    own = settings.model_copy(update={"stream": stream})
+    return _process("The trainer", "trainer", own, log)
 
 
 def _worker(settings: Settings, log: Path) -> ServerProcess:

@@ -27,7 +27,10 @@ def start_ticks(pid: int) -> int | None:
         return None
     # The command name is in brackets and may hold spaces and brackets itself.
     fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    state, threads = fields[0], int(fields[17])
+    # The first thread may be a zombie while others are still ending, and hold ports and files.
+    is_gone = state == "X" or (state == "Z" and threads <= 1)
+    return None if is_gone else int(fields[19])
 
 
 def main() -> None:
