@@ -7,8 +7,9 @@ and more than once (a segment read twice, ranges that overlap after a crash): ea
 source counts once, and event time orders what is left. An event that was sent again counts once
 too, with the label that arrived last.
 
-No label looks back: it is made of events after the one that ends the window, and the window of
-events up to that one. A label whose horizon has not passed at `now_ms` is held back, also where
+No label looks back: it is made of events of later instants than the one that ends the window, and
+the window of events up to that one. The lines of an invoice share their instant: none of them is
+what follows another. A label whose horizon has not passed at `now_ms` is held back, also where
 its answer is known already: otherwise the newest windows would be positive or absent.
 """
 
@@ -118,7 +119,8 @@ def label(
     rows = np.array([catalogue.get(i, NO_ITEM) for i in e.item_ids] + [NO_ITEM], np.int32)
     item = rows[e.item]  # code -1 is the last row: no item
 
-    next_at = _next((weight > 0) & (item != NO_ITEM), end)
+    last = _last_of_instant(user, e.t_ms)
+    next_at = _next((weight > 0) & (item != NO_ITEM), end)[last]
     found = next_at < end
     next_at = np.where(found, next_at, 0)
     # What the shop shows is no act of the shopper's.
@@ -131,9 +133,9 @@ def label(
         "next_item": np.where(found, item[next_at] if n else 0, HELD_BACK).astype(np.int32),
         "next_type": np.where(found, e.type[next_at] if n else 0, HELD_BACK).astype(np.int8),
         "purchase": _within(
-            e.type == types.index("purchase"), e.t_ms, end, rules.purchase_ms, now_ms
+            e.type == types.index("purchase"), e.t_ms, last, end, rules.purchase_ms, now_ms
         ),
-        "returns": _within(acts, e.t_ms, end, rules.returns_ms, now_ms),
+        "returns": _within(acts, e.t_ms, last, end, rules.returns_ms, now_ms),
         "rating": e.rating,
     }
     kept = np.flatnonzero(end - np.arange(n) <= rules.user_events)
@@ -220,6 +222,14 @@ def _latest_labels(user: Int32s, e: Archived) -> NDArray[np.object_]:
     return given
 
 
+def _last_of_instant(user: Int32s, t_ms: Ints) -> Ints:
+    """(n,) the last row of each row's user and time. The rows are in order."""
+    ends = np.ones(len(user), np.bool_)
+    ends[:-1] = (user[1:] != user[:-1]) | (t_ms[1:] != t_ms[:-1])
+    at = np.flatnonzero(ends)
+    return np.asarray(at[np.searchsorted(at, np.arange(len(user)))])
+
+
 def _next(wanted: Bools, end: Ints) -> Ints:
     """(n,) index of the next wanted row after each row; `end` or more where its user has none."""
     n = len(wanted)
@@ -228,10 +238,13 @@ def _next(wanted: Bools, end: Ints) -> Ints:
     return nearest
 
 
-def _within(wanted: Bools, t_ms: Ints, end: Ints, horizon_ms: int, now_ms: int) -> Int8s:
-    """(n,) 1 where a wanted row of the same user follows within the horizon, else 0; held back
-    until a further event of that time can no longer be within it."""
-    at = _next(wanted, end)
+def _within(
+    wanted: Bools, t_ms: Ints, last: Ints, end: Ints, horizon_ms: int, now_ms: int
+) -> Int8s:
+    """(n,) 1 where a wanted row of the same user follows within the horizon after this instant,
+    whose last row is `last`, else 0; held back until a further event of that time can no longer be
+    within it."""
+    at = _next(wanted, end)[last]
     found = at < end
     near = found & (t_ms[np.where(found, at, 0)] - t_ms <= horizon_ms) if len(t_ms) else found
     out: Int8s = np.where(t_ms + horizon_ms < now_ms, near, HELD_BACK).astype(np.int8)

@@ -85,7 +85,7 @@ def test_labels_are_what_a_plain_reading_of_the_future_says(events: list[Row]) -
         kept = int(min(hi - lo, RULES.user_events))
         assert out.start[j + 1] - out.start[j] == kept
         for i in range(lo, hi):
-            later = range(i + 1, hi)
+            later = [k for k in range(i + 1, hi) if whole.t_ms[k] > whole.t_ms[i]]
             following = [k for k in later if whole.weight[k] > 0 and whole.item[k] >= 0]
             expected = whole.item[following[0]] if following else HELD_BACK
             assert whole.next_item[i] == expected
