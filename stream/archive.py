@@ -71,7 +71,6 @@ _WRITERS: Final = 16
 # A day of fewer bytes is read at once: a table for each hour costs more than it saves.
 _DAY_AT_ONCE_BYTES: Final = 32 * 1024 * 1024
 _CHUNK_ROWS: Final = 100_000
-_READ_AGAIN: Final = 3
 _TEMP: Final = ".tmp-"
 _NAME: Final = re.compile(
     r"day=(\d{4}-\d\d-\d\d)/h(\d\d|xx)-([0-9a-f]{16})-p(\d{4,})-(\d{20})-(\d{20})\.parquet"
@@ -576,15 +575,20 @@ class Archive:
     def _hours(self, day: int, sizes: dict[Segment, int]) -> Iterator[pa.Table]:
         """The day's events, at once or hour by hour. What changes meanwhile is looked up anew."""
         next_hour = 0
-        for _ in range(_READ_AGAIN):
+        while True:
             try:
                 for hour, table in self._hours_of(day, sizes, next_hour):
                     yield table
                     next_hour = hour + 1
                 return
-            except FileNotFoundError:
-                sizes = {s: n for s, n in self.segments().items() if s.day == day}
-        raise UserError("the archive changes faster than it can be read: try again")
+            except FileNotFoundError as error:
+                known, sizes = sizes, {s: n for s, n in self.segments().items() if s.day == day}
+                # A change ends by itself; a segment that is listed and cannot be opened does not.
+                if sizes == known:
+                    raise UserError(
+                        f"a segment of the archive is listed and cannot be opened: {error}; "
+                        "mend ARCHIVE_URL's storage or remove the segment"
+                    ) from error
 
     def _hours_of(
         self, day: int, sizes: dict[Segment, int], first_hour: int

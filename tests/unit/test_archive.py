@@ -287,6 +287,39 @@ def test_a_reader_survives_a_merge_in_its_middle(archive: Archive) -> None:
     assert sorted(seen) == list(range(N))
 
 
+def test_a_reader_survives_segments_that_go_one_by_one(
+    tmp_path: Path, shop: list[ev.Event]
+) -> None:
+    class Vanishing(Folder):
+        """Removes each segment in the moment it is opened, but the first."""
+
+        def read(self, name: str) -> Any:
+            if name != first:
+                self.remove(name)
+            return super().read(name)
+
+    store = Vanishing(tmp_path / "archive")
+    archive = Archive(store)
+    for start in range(0, N, 50):
+        write(archive, shop, start, start + 50)
+    first = next(iter(archive.segments())).name
+    assert len(archive.segments()) > 3
+    assert len(offsets(archive)) == pq.read_metadata(tmp_path / "archive" / first).num_rows
+
+
+def test_a_segment_that_is_listed_and_cannot_be_opened_is_an_error(
+    tmp_path: Path, shop: list[ev.Event]
+) -> None:
+    class Unreadable(Folder):
+        def read(self, name: str) -> Any:
+            raise FileNotFoundError(name)
+
+    archive = Archive(Unreadable(tmp_path / "archive"))
+    write(archive, shop, 0, 50)
+    with pytest.raises(UserError, match=r"listed and cannot be opened: .*\.parquet"):
+        offsets(archive)
+
+
 def test_age_is_counted_from_the_newest_event(archive: Archive) -> None:
     shop = parsed(records(N, span_ms=10 * HOUR_MS))
     write(archive, shop, 0, N)
