@@ -228,7 +228,7 @@ def measure(
         tops = []
         if name == "spread" and pipeline.name == "Penchant":
             users = list(dict.fromkeys(key.decode() for key, _ in work.records))
-            tops = [ceilings.measure(settings, users, total)]
+            tops = [ceilings.measure(settings, users, total, bench.space)]
     return reading, tops
 
 

@@ -104,19 +104,19 @@ def _ceilings(tops: Sequence[Ceilings]) -> str:
     rows = [
         ("librdkafka, consume alone", [t.consumed for t in tops], "records/s"),
         (
-            "consume and parse (`stream.events.parse`)",
+            "consume and parse, as the worker does",
             [t.consumed_and_parsed for t in tops],
             "events/s",
         ),
-        ("load profiles alone (`ProfileStore.load`)", [t.loads for t in tops], "profiles/s"),
-        ("fenced saves alone (`ProfileStore.save`)", [t.saves for t in tops], "profiles/s"),
+        ("load profiles alone", [t.loads for t in tops], "profiles/s"),
+        ("fenced saves alone", [t.saves for t in tops], "profiles/s"),
     ]
     state = statistics.median(t.state_bytes for t in tops)
     lines = [
         "### Ceilings",
         "",
-        f"Each part alone, in one process, on the records and profiles of `spread` (a profile's "
-        f"state has {state:,.0f} bytes).",
+        "Each part alone, in one process and as the worker does it, on the records and profiles "
+        f"of `spread` (a profile's state has {state:,.0f} bytes).",
         "",
         "| | |",
         "|---|---|",
