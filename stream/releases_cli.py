@@ -1,4 +1,4 @@
-"""`penchant releases …`: what is there, what is live, and moving between them.
+"""`penchant releases …`: building the base, what is there, what is live, and moving between them.
 
 A running worker follows CURRENT by itself; nothing here talks to it.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from .errors import UserError
 from .settings import Settings
+from .terminal import console, load_settings, open_to_read, progress
 
 if TYPE_CHECKING:
     from model.releases import Release
@@ -21,12 +21,59 @@ if TYPE_CHECKING:
 # `model.releases` takes torch's two seconds, so it is imported where it is used.
 
 releases_app = typer.Typer(
-    help="Releases: list them, compare them, make one live.", no_args_is_help=True
+    help="Releases: build the base, list them, compare them, make one live.", no_args_is_help=True
 )
-console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 Name = Annotated[str, typer.Argument(help="The release's id, or its first letters.")]
+
+
+@releases_app.command()
+def build(
+    dataset: Annotated[
+        str, typer.Option(help="Fit the projection on this data set's items (see `replay`).")
+    ] = "",
+    path: Annotated[
+        list[Path] | None, typer.Option(help="File of the data set, or a text per line.")
+    ] = None,
+) -> None:
+    """Build the base release from MODEL_BASE, if MODEL_RELEASES has no live one."""
+    from .datasets import NAMES
+
+    model = load_settings().model
+    if dataset not in ("", *NAMES):
+        raise UserError(f"no data set {dataset!r}: choose one of {', '.join(NAMES)}")
+
+    from model.errors import ReleaseMissing
+    from model.releases import load_current
+
+    from .base_release import build_live, require_as_set
+
+    try:
+        release = load_current(model.releases)
+        require_as_set(release, model)
+        console.print(f"{release.id} is live already", highlight=False)
+    except ReleaseMissing:
+        texts = _catalogue_texts(dataset, path or [])
+        with progress("encoding the catalogue") as report:
+            release = build_live(model, texts, report)
+        console.print(f"{release.id} is live now", highlight=False)
+    console.print(f"{release.path}  {release.dimensions} dimensions, space {release.space}")
+
+
+def _catalogue_texts(dataset: str, paths: list[Path]) -> list[str]:
+    """The texts to fit the base release's projection on."""
+    from .base_release import texts_of
+    from .datasets import load
+
+    if not dataset:
+        return [line for p in paths for line in _lines(p) if line.strip()]
+    return texts_of(load(dataset, paths or None).items)
+
+
+def _lines(path: Path) -> list[str]:
+    with open_to_read(path) as file:
+        return file.read().decode(errors="replace").splitlines()
 
 
 @releases_app.command("list")
@@ -39,7 +86,7 @@ def list_(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(shown)
     elif not shown["releases"] and not shown["decisions"]:
-        console.print(f"no releases in {folder}: type `penchant release build`", highlight=False)
+        console.print(f"no releases in {folder}: type `penchant releases build`", highlight=False)
     else:
         console.print(listing_table(shown))
 

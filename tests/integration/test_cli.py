@@ -95,8 +95,8 @@ def fails(ran: Ran, fix: str) -> None:
         ("updater", {"REDIS_URL": "foo"}, "write it as redis://HOST:6379/0"),
         ("profile show u1", {"REDIS_TLS_CA": "ca.pem"}, "let REDIS_URL begin with rediss://"),
         ("profile show u1", {"REDIS_URL": f"redis://{NOBODY}"}, "start it, or set REDIS_URL"),
-        ("release build", {"MODEL_BASE": "/nowhere"}, "/nowhere"),
-        ("release build --dataset nothing", {}, "choose one of movielens"),
+        ("releases build", {"MODEL_BASE": "/nowhere"}, "/nowhere"),
+        ("releases build --dataset nothing", {}, "choose one of movielens"),
         ("produce missing.jsonl", {}, "cannot read missing.jsonl"),
         ("replay movielens --speed -1", {}, "give 0 or more"),
         ("replay movielens --start 2024", {}, "write 1998-03-01 or"),
@@ -161,7 +161,7 @@ def test_a_worker_without_a_release_says_how_to_build_one(
         timeout=60,
         check=False,
     )
-    fails(Ran(ended.returncode, ended.stdout, ended.stderr), "penchant release build")
+    fails(Ran(ended.returncode, ended.stdout, ended.stderr), "penchant releases build")
 
 
 def test_a_failure_that_was_not_foreseen_points_to_the_traceback(

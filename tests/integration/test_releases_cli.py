@@ -62,7 +62,7 @@ def test_an_empty_folder_says_what_to_type(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MODEL_RELEASES", str(tmp_path / "none"))
-    assert "penchant release build" in run("list").stdout
+    assert "penchant releases build" in run("list").stdout
     assert answer(run("list", "--json"))["releases"] == []
 
 
