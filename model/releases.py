@@ -6,8 +6,9 @@
         manifest.json             format, ids, encoder settings, SHA-256 of every file
         encoder/                  the tower: config, tokenizer, safetensors
         projection.safetensors    the linear map from the tower's width to D
+        item_vectors.safetensors  ids, text versions, vectors, of the items it was fitted on
       trained-0123456789abcdef/   those, and what training adds:
-        item_vectors.safetensors  the catalogue: ids, text versions, vectors
+        item_vectors.safetensors  those of the whole catalogue
         transition.safetensors    the maps from the parent's space to this one and back
         metrics.json              the figures it was accepted on
         window_encoder.safetensors, …: parts that this module does not look into
@@ -39,6 +40,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 
 from .catalogue_vectors import CatalogueVectors
@@ -175,6 +177,7 @@ def build_base(
     catalogue_texts: Sequence[str],
     dimensions: int,
     *,
+    item_ids: Sequence[str] = (),
     pooling: Pooling = "mean",
     query_prefix: str = "",
     passage_prefix: str = "",
@@ -193,6 +196,10 @@ def build_base(
     Few or no texts will do (see `fit_projection`); a thousand make a good fit, and more
     than 4,096 are sampled.
 
+    `item_ids`, where given, name the item of each text (of one named twice the last text counts):
+    the release then ships the vectors of the items it was fitted on, so that no worker encodes
+    them again.
+
     Another catalogue gives another projection, and so another space: a worker builds
     once, and from then on takes `load_current`.
 
@@ -209,11 +216,12 @@ def build_base(
         max_tokens=max_tokens,
     )
     texts = _texts_to_fit_on(catalogue_texts)
-    target = releases_dir / _base_id(recipe, texts)
+    items = _items_of(texts, dict(zip(item_ids, catalogue_texts, strict=True) if item_ids else ()))
+    target = releases_dir / _base_id(recipe, texts, items)
     if not target.exists():
         with _writable(releases_dir), _sole_builder(releases_dir):
             if not target.exists():  # else it was built while this process waited
-                _build(target, recipe, texts, device, now, progress)
+                _build(target, recipe, texts, items, device, now, progress)
     return load(target)
 
 
@@ -470,15 +478,24 @@ def _build(
     target: Path,
     recipe: _Recipe,
     texts: Sequence[str],
+    items: Mapping[str, int],
     device: str,
     now: datetime,
     progress: Progress,
 ) -> None:
     encoder = recipe.encoder(device)
-    projection = _fit(encoder, recipe.dimensions, texts, progress)
+    vectors = _encoded(encoder, recipe.dimensions, texts, progress)
+    projection = fit_projection(vectors, recipe.dimensions)
+    version = FORMAT_VERSION if items else BASE_FORMAT
     with _building(target) as draft:
         _link_tower(recipe.source, draft.folder / ENCODER)
         projection.save(draft.folder / PROJECTION)
+        if items:
+            rows = list(items.values())
+            CatalogueVectors(
+                list(items), [text_version(texts[row]) for row in rows],
+                projection.apply(vectors[rows]),
+            ).save(draft.folder / ITEM_VECTORS)  # fmt: skip
         release = Release(
             path=target,
             id=target.name,
@@ -494,13 +511,14 @@ def _build(
             created_at=now.isoformat(),
         )
         files = _checksums(draft.folder)
-        release = replace(release, space=_space_id(BASE_FORMAT, files, release, False))
-        _write_manifest(draft.folder, release, BASE_FORMAT)
+        release = replace(release, space=_space_id(version, files, release, False))
+        _write_manifest(draft.folder, release, version)
 
 
-def _fit(
+def _encoded(
     encoder: TextEncoder, dimensions: int, texts: Sequence[str], progress: Progress
-) -> Projection:
+) -> npt.NDArray[np.float32]:
+    """Unit rows (n, W), of which `dimensions` can be fitted."""
     if not 1 <= dimensions <= encoder.width:
         raise EncoderSettingsInvalid(
             f"{dimensions} dimensions were asked for, this base has {encoder.width}; "
@@ -511,7 +529,7 @@ def _fit(
         stop = min(start + _PROGRESS_TEXTS, len(texts))
         vectors[start:stop] = encoder.encode(texts[start:stop])
         progress(stop, len(texts))
-    return fit_projection(vectors, dimensions)
+    return vectors
 
 
 def _texts_to_fit_on(catalogue_texts: Sequence[str]) -> list[str]:
@@ -523,8 +541,15 @@ def _texts_to_fit_on(catalogue_texts: Sequence[str]) -> list[str]:
     return [by_version[version] for version in sorted(by_version)[:FIT_TEXTS]]
 
 
-def _base_id(recipe: _Recipe, texts: Sequence[str]) -> str:
-    inputs = {
+def _items_of(texts: Sequence[str], text_of: Mapping[str, str]) -> dict[str, int]:
+    """item id -> row of its text among `texts`, of those that have one there, in the order of
+    the ids."""
+    row_of = {text: row for row, text in enumerate(texts)}
+    return {item: row_of[text] for item, text in sorted(text_of.items()) if text in row_of}
+
+
+def _base_id(recipe: _Recipe, texts: Sequence[str], items: Mapping[str, int]) -> str:
+    inputs: dict[str, Any] = {
         "format": BASE_FORMAT,
         "fit": FIT_VERSION,
         "tower": {file.name: _sha256(file) for file in _tower_files(recipe.source)},
@@ -532,11 +557,13 @@ def _base_id(recipe: _Recipe, texts: Sequence[str]) -> str:
         "reading": _reading(recipe),
         "texts": _digest(list(map(text_version, texts))),
     }
+    if items:
+        inputs["items"] = _digest(items)
     return f"base-{_digest(inputs)}"
 
 
 def _space_id(version: int, files: dict[str, str], release: Release, learned_items: bool) -> str:
-    if version > BASE_FORMAT:  # a base release has no other files
+    if version > BASE_FORMAT:  # the first format has no other files
         means = {f: digest for f, digest in files.items() if _gives_meaning(f, learned_items)}
     else:
         means = files

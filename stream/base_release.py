@@ -6,7 +6,7 @@ It does not know where the texts come from, and never replaces a live release of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -28,20 +28,29 @@ def texts_of(items: Iterable[Item]) -> list[str]:
 
 
 def build_live(
-    model: ModelSettings, texts: list[str], progress: Callable[[int, int], None]
+    model: ModelSettings,
+    texts: Sequence[str],
+    progress: Callable[[int, int], None],
+    item_ids: Sequence[str] = (),
 ) -> Release:
     """Build the base release and make it the live one; `progress` is told (done, total).
+    `item_ids`, where given, are those of the texts: their vectors go into the release.
 
     Raises what `model.releases.build_base` raises.
     """
     from model.releases import make_current
 
-    release = build(model, texts, progress)
+    release = build(model, texts, progress, item_ids)
     make_current(release)
     return release
 
 
-def build(model: ModelSettings, texts: list[str], progress: Callable[[int, int], None]) -> Release:
+def build(
+    model: ModelSettings,
+    texts: Sequence[str],
+    progress: Callable[[int, int], None],
+    item_ids: Sequence[str] = (),
+) -> Release:
     """Build the base release, or find it built; it does not go live."""
     from model.releases import build_base
 
@@ -50,6 +59,7 @@ def build(model: ModelSettings, texts: list[str], progress: Callable[[int, int],
         model.base,
         texts,
         model.dimensions,
+        item_ids=item_ids,
         pooling=model.pooling,
         query_prefix=model.query_prefix,
         passage_prefix=model.passage_prefix,

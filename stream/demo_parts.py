@@ -131,7 +131,6 @@ class Parts:
     """What the demo is made of once it has started."""
 
     releases: Path
-
     dataset: Dataset
     processes: tuple[ServerProcess, ...]
     metrics_url: str
@@ -272,7 +271,7 @@ def _build_release_if_missing(
     if (model.releases / "CURRENT").exists():  # whether it is sound, the worker will say
         return
     with signals.heeded(), steps.step("building the base release") as report:
-        build_live(model, texts_of(dataset.items), report)
+        build_live(model, texts_of(dataset.items), report, _ids_of(dataset))
 
 
 def _with_own_releases(
@@ -288,7 +287,7 @@ def _with_own_releases(
     for old in (releases, archive):
         shutil.rmtree(old, ignore_errors=True)
     with signals.heeded(), steps.step("building the base release") as report:
-        base = build(settings.model, texts_of(dataset.items), report)
+        base = build(settings.model, texts_of(dataset.items), report, _ids_of(dataset))
     shutil.copytree(base.path, releases / base.path.name)
     make_current(load_release(releases / base.path.name))
     update: dict[str, object] = {
@@ -299,6 +298,10 @@ def _with_own_releases(
         ),
     }
     return settings.model_copy(update=update)
+
+
+def _ids_of(dataset: Dataset) -> list[str]:
+    return [item.item_id for item in dataset.items]
 
 
 def _trainer(settings: Settings, log: Path) -> ServerProcess:

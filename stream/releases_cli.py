@@ -54,21 +54,22 @@ def build(
         require_as_set(release, model)
         console.print(f"{release.id} is live already", highlight=False)
     except ReleaseMissing:
-        texts = _catalogue_texts(dataset, path or [])
+        texts, item_ids = _catalogue(dataset, path or [])
         with progress("encoding the catalogue") as report:
-            release = build_live(model, texts, report)
+            release = build_live(model, texts, report, item_ids)
         console.print(f"{release.id} is live now", highlight=False)
     console.print(f"{release.path}  {release.dimensions} dimensions, space {release.space}")
 
 
-def _catalogue_texts(dataset: str, paths: list[Path]) -> list[str]:
-    """The texts to fit the base release's projection on."""
+def _catalogue(dataset: str, paths: list[Path]) -> tuple[list[str], list[str]]:
+    """The texts to fit the base release's projection on, and the ids of their items, if any."""
     from .base_release import texts_of
     from .datasets import load
 
     if not dataset:
-        return [line for p in paths for line in _lines(p) if line.strip()]
-    return texts_of(load(dataset, paths or None).items)
+        return [line for p in paths for line in _lines(p) if line.strip()], []
+    items = load(dataset, paths or None).items
+    return texts_of(items), [item.item_id for item in items]
 
 
 def _lines(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +17,16 @@ from model.releases import Release, build_base
 from profiles import RedisUnavailable
 from profiles.items import ItemStore, Origin
 from profiles.schema import ItemRecord, Keys, key64
+from stream.base_release import build_live, texts_of
 from stream.catalogue import Catalogue
+from stream.events import Item
+from stream.settings import ModelSettings
 
 pytestmark = pytest.mark.redis
 torch.set_num_threads(1)  # on a busy machine, threads spend their time waiting for each other
 
 TEXTS = [f"{colour} {thing}" for colour in ("red", "blue") for thing in ("scarf", "mug", "lamp")]
+CATALOGUE = list(enumerate(TEXTS))
 TOPIC = 1
 
 
@@ -204,3 +209,18 @@ def test_categories_have_names_however_many_there_were(
     for asked in (catalogue, worker()):
         assert asked.names_of([*expected, 5]) == expected
     assert len(catalogue._category_names) <= 4
+
+
+def test_a_worker_encodes_no_item_that_the_base_release_was_fitted_on(
+    items: ItemStore, encoded: list[str], tmp_path: Path
+) -> None:
+    catalogue = [Item(item_id=f"A-{n}", title=text, category=("Home",)) for n, text in CATALOGUE]
+    model = ModelSettings(releases=tmp_path, dimensions=8, device="cpu")
+    ids = [item.item_id for item in catalogue]
+    release = build_live(model, texts_of(catalogue), lambda done, of: None, ids)
+    encoded.clear()
+    worker = Catalogue(Engine(release, device="cpu"), items, release.load_item_vectors())
+    records = [ItemRecord(f"A-{n}", text, ("Home",)) for n, text in CATALOGUE]
+    worker.upsert([*records, ItemRecord("A-new", "green mug", ("Home",))], Origin(TOPIC, 0))
+    assert encoded == ["green mug. Home"]
+    assert worker.resolve([key(n) for n, _ in CATALOGUE], {}).found.all()

@@ -24,6 +24,7 @@ from model.errors import (
 )
 from model.projection import Projection
 from model.releases import Release, build_base, load, load_current, make_current
+from model.text import text_version
 
 torch.set_num_threads(1)  # on a busy machine, threads spend their time waiting for each other
 
@@ -112,6 +113,34 @@ def test_what_changes_a_vector_changes_both_ids(shelf: Path, change: dict[str, A
     base, other = build(shelf), build(shelf, **change)
     assert other.id != base.id
     assert other.space != base.space
+
+
+def test_a_release_ships_the_vectors_of_the_items_it_was_fitted_on(tmp_path: Path) -> None:
+    texts = [*TEXTS, TEXTS[0], ""]  # two items of one text, and one without
+    ids = [f"i{n}" for n in range(len(texts))]
+    release = build(tmp_path, texts, item_ids=ids)
+    shipped = release.load_item_vectors()
+    assert shipped is not None
+    assert shipped.item_ids == ids[:-1]
+    assert shipped.versions == [text_version(text) for text in texts[:-1]]
+    own = release.load_encoder(device="cpu").encode(texts[:-1])
+    np.testing.assert_allclose(shipped.vectors, own, atol=1e-5)
+    assert load(release.path) == release
+    assert build(tmp_path, texts[::-1], item_ids=ids[::-1]) == release
+
+    plain = build(tmp_path, texts)
+    assert (plain.space, plain.load_item_vectors()) == (release.space, None)
+    assert len({plain.id, release.id, build(tmp_path, texts, item_ids=ids[::-1]).id}) == 3
+
+
+def test_only_items_of_the_sample_are_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(releases, "FIT_TEXTS", 4)
+    release = build(tmp_path, item_ids=TEXTS)
+    shipped = release.load_item_vectors()
+    assert shipped is not None
+    assert (release.fitted_on, len(shipped)) == (4, 4)
 
 
 def test_a_release_needs_no_catalogue(tmp_path: Path) -> None:
