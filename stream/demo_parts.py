@@ -6,7 +6,6 @@ It knows how each is started and when it is ready. It does not know what is watc
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
 
-from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -319,22 +317,11 @@ def _worker(settings: Settings, log: Path) -> ServerProcess:
 def _process(name: str, command: str, settings: Settings, log: Path) -> ServerProcess:
     log.unlink(missing_ok=True)
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    environment = passed_on | environment_of(settings)
+    environment = passed_on | settings.environment()
     pairs = [f"{name}={value}" for name, value in environment.items()]
     # Servers start in an empty environment; env(1) fills it and becomes the worker.
     program = ["env", *pairs, sys.executable, "-m", "stream.cli", command]
     return ServerProcess(name, program, log)
-
-
-def environment_of(settings: Settings) -> dict[str, str]:
-    """The variables that these settings are read from, secrets excepted (the demo has none)."""
-    variables = {"NAMESPACE": settings.namespace}
-    for group, fields in settings:
-        if isinstance(fields, BaseModel):
-            for name, value in fields.model_dump(mode="json").items():
-                text = value if isinstance(value, str) else json.dumps(value)
-                variables[f"{group}_{name}".upper()] = text
-    return variables
 
 
 def _await_ready(worker: ServerProcess, url: str, signals: Signals) -> None:

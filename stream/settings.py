@@ -6,6 +6,7 @@ an underscore, the field. Settings are frozen; a process reads them once at star
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -204,6 +205,29 @@ class Settings(BaseSettings):
     archive: ArchiveSettings = ArchiveSettings()
     learn: LearnSettings = LearnSettings()
 
+    def environment(self) -> dict[str, str]:
+        """The variables that these settings are read from, every one, secrets in the clear."""
+        variables: dict[str, str] = {}
+        for group, value in self:
+            if isinstance(value, BaseModel):
+                variables |= {f"{group}_{name}".upper(): _as_text(field) for name, field in value}
+            else:
+                variables[group.upper()] = _as_text(value)
+        return variables
+
     def topic(self, name: str) -> str:
         """`events` -> `penchant.events`: every topic and group carries the namespace."""
         return f"{self.namespace}.{name}"
+
+
+def _as_text(value: Any) -> str:
+    """A setting as the environment holds it."""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_as_text, value))}]"
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:.0f}"  # 45, not 45.0
+    return json.dumps(value)

@@ -23,7 +23,6 @@ from stream.topics import create_topics
 from tests.integration.worker_process import (
     REPOSITORY,
     LocalWorker,
-    environment,
     wait_until_folded,
 )
 
@@ -38,7 +37,7 @@ def simulate(settings: Settings, truth: Path) -> str:
         [sys.executable, "-m", "stream.cli", "simulate", *options.split(), "--kafka",
          "--churn", "0", "--duplicates", "0.02", "--late", "0.02", "--truth", str(truth)],
         cwd=REPOSITORY,
-        env={"PATH": os.environ["PATH"], **environment(settings)},
+        env={"PATH": os.environ["PATH"], **settings.environment()},
         capture_output=True,
         text=True,
     )  # fmt: skip

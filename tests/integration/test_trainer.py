@@ -37,7 +37,6 @@ from tests.integration.worker_process import (
     REPOSITORY,
     build_tiny_release,
     ends,
-    environment,
     eventually,
 )
 
@@ -67,7 +66,7 @@ class TrainerProcess:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "stream.cli", "trainer"],
                 cwd=REPOSITORY,
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **environment(settings)},
+                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **settings.environment()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -110,19 +110,6 @@ def build_turned_release(parent: Release, seed: int) -> Release:
     )
 
 
-def environment(settings: Settings) -> dict[str, str]:
-    """These settings as a process reads them: those that are not the defaults."""
-    changed: dict[str, str] = {}
-    for group, values in settings.model_dump(exclude_defaults=True).items():
-        if not isinstance(values, Mapping):
-            changed[group.upper()] = str(values)
-            continue
-        for name, value in values.items():
-            text = json.dumps(value) if isinstance(value, bool | dict | list | tuple) else value
-            changed[f"{group}_{name}".upper()] = str(text)
-    return changed
-
-
 class LocalWorker:
     """A worker without Faust, on a thread of this process: intake, pipeline and updater as they
     are, with an engine of its own. It starts at once, and its failure can be looked at."""
@@ -194,7 +181,7 @@ class WorkerProcess:
         self.name = name
         self.log_file = folder / f"{name}.log"
         self._port = free_port()
-        self._environment = environment(settings) | {
+        self._environment = settings.environment() | {
             "STREAM_METRICS_PORT": str(self._port),
             "STREAM_DATA_DIR": str(folder / f"{name}-data"),
             "MODEL_THREADS": "1",

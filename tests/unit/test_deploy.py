@@ -22,13 +22,15 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+import typer
 import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from pydantic import BaseModel, SecretStr
+from pydantic import SecretStr
 
 from model.releases import CURRENT
+from stream.cli import app
 from stream.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -63,33 +65,6 @@ Document = dict[str, Any]
 # -- settings ---------------------------------------------------------------------------------
 
 
-def settings_as_environment(settings: Settings) -> dict[str, str]:
-    """Every setting, in the order of the code, as the environment would give it."""
-    found: dict[str, str] = {}
-    for name in Settings.model_fields:
-        value = getattr(settings, name)
-        if isinstance(value, BaseModel):
-            fields = type(value).model_fields
-            found |= {f"{name}_{f}".upper(): as_text(getattr(value, f)) for f in fields}
-        else:
-            found[name.upper()] = as_text(value)
-    return found
-
-
-def as_text(value: Any) -> str:
-    if isinstance(value, SecretStr):
-        return value.get_secret_value()
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:.15g}"  # 45, not 45.0
-    if isinstance(value, dict):
-        return json.dumps(value)
-    if isinstance(value, tuple):
-        return f"[{', '.join(as_text(one) for one in value)}]"
-    return str(value)
-
-
 def is_secret(name: str) -> bool:
     group, _, field = name.lower().partition("_")
     kind = Settings.model_fields[group].annotation
@@ -101,16 +76,16 @@ def read_settings(monkeypatch: pytest.MonkeyPatch):
     """Settings from the given environment alone, whatever this machine has set."""
 
     def read(environment: dict[str, str]) -> dict[str, str]:
-        for name in settings_as_environment(Settings.model_construct()):
+        for name in Settings.model_construct().environment():
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        return settings_as_environment(Settings())
+        return Settings().environment()
 
     return read
 
 
-SETTINGS = settings_as_environment(Settings.model_construct())
+SETTINGS = Settings.model_construct().environment()
 
 
 # -- manifests --------------------------------------------------------------------------------
@@ -303,6 +278,17 @@ def test_the_base_is_a_plain_list_of_all_of_its_files():
     assert set(kustomization) == {"apiVersion", "kind", "resources"}
     others = {path.name for path in BASE.iterdir()} - {"kustomization.yaml"}
     assert sorted(kustomization["resources"]) == sorted(others)
+
+
+def test_containers_run_commands_that_there_are():
+    asked = [one["command"] for name, one in OURS.items() if "command" in one]
+    for document in (WORKERS, SETUP, TRAINER):
+        asked += [container["args"] for container in containers(document) if "args" in container]
+    assert len(asked) >= 6
+    for words in asked:
+        command = typer.main.get_command(app)
+        for word in words:
+            command = command.commands[word]
 
 
 @pytest.mark.parametrize("name", ["updater", "trainer"])

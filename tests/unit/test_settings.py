@@ -1,21 +1,23 @@
-"""What the demo hands to its worker."""
+"""Settings and the environment they are read from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
-from stream.demo_parts import environment_of
 from stream.settings import KafkaSettings, ModelSettings, ProfileSettings, Settings
 
 
-def test_the_worker_reads_the_settings_that_the_demo_was_given(
+def test_a_process_reads_the_settings_that_it_was_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = Settings(
         namespace="a.shop",
-        kafka=KafkaSettings(bootstrap="127.0.0.1:1", session_timeout_s=6),
+        kafka=KafkaSettings(
+            bootstrap="127.0.0.1:1", session_timeout_s=6, sasl_password=SecretStr('a "word"')
+        ),
         model=ModelSettings(
             base="some/model", releases=Path("some folder"), query_prefix="query: "
         ),
@@ -23,8 +25,8 @@ def test_the_worker_reads_the_settings_that_the_demo_was_given(
     )
     for name in Settings.model_fields:
         assert name == "namespace" or any(
-            variable.startswith(f"{name.upper()}_") for variable in environment_of(settings)
+            variable.startswith(f"{name.upper()}_") for variable in settings.environment()
         )
-    for variable, value in environment_of(settings).items():
+    for variable, value in settings.environment().items():
         monkeypatch.setenv(variable, value)
     assert Settings() == settings
