@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from .errors import RedisUnavailable
+from .errors import RedisIsCluster, RedisUnavailable
 
 if TYPE_CHECKING:
     import redis
@@ -75,7 +75,8 @@ class Connection:
 
 @contextmanager
 def redis_errors(where: str) -> Iterator[None]:
-    """Turn what redis-py raises for an unreachable or unwilling server into RedisUnavailable."""
+    """Turn what redis-py raises for an unreachable or unwilling server into RedisUnavailable, and
+    what a server in cluster mode answers into RedisIsCluster."""
     import redis.exceptions as e
 
     try:
@@ -89,6 +90,8 @@ def redis_errors(where: str) -> Iterator[None]:
         raise RedisUnavailable(
             f"Redis at {where} does not answer ({_reason(error)}): start it, or set REDIS_URL"
         ) from error
+    except (e.AskError, e.ClusterCrossSlotError) as error:  # MOVED is a kind of ASK
+        raise _is_cluster(where) from error
     except e.ResponseError as error:
         # redis-py has a class for some of these, and takes the code off their message.
         if isinstance(error, e.NoPermissionError) or _NO_PERMISSION in str(error):
@@ -102,6 +105,21 @@ def redis_errors(where: str) -> Iterator[None]:
                 f"Redis at {where} cannot serve now: {_reason(error)}"
             ) from error
         raise
+
+
+def refuse_cluster(client: redis.Redis, where: str) -> None:
+    """For a writer to call before anything else: it would come to a halt at the first script over
+    two profiles. Raises RedisIsCluster, RedisUnavailable."""
+    with redis_errors(where):
+        if client.info("cluster").get("cluster_enabled"):
+            raise _is_cluster(where)
+
+
+def _is_cluster(where: str) -> RedisIsCluster:
+    return RedisIsCluster(
+        f"Redis at {where} runs in cluster mode, which Penchant does not support: set REDIS_URL to "
+        "a Redis with `cluster-enabled no` (a primary with replicas will do)"
+    )
 
 
 # What a script reports of a command that its user may not run.

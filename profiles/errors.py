@@ -6,6 +6,7 @@ ProfilesError
 ├── StateCorrupt        bytes that are no profile: rebuild this user
 ├── SpaceMismatch       vectors of two embedding spaces: fetch both again
 ├── LayoutMismatch      written under other settings: restore them, or rebuild
+├── RedisIsCluster      keys spread over slots: name a Redis without cluster mode
 └── RedisUnavailable    no answer from Redis: retry later, or serve without a profile
 """
 
@@ -34,6 +35,10 @@ class SpaceMismatch(ProfilesError):
 
 class LayoutMismatch(ProfilesError):
     """Stored profiles have another dimension or other half-lives than the settings ask for."""
+
+
+class RedisIsCluster(ProfilesError):
+    """Redis runs in cluster mode; scripts on many profiles at once need all keys in one place."""
 
 
 class RedisUnavailable(ProfilesError):

@@ -4,7 +4,8 @@
 mean is in `arithmetic.py`, when they are written in `store.py`.
 
 All integers and floats are little-endian and packed without padding. Keys hash-tag the user
-id, so that everything about one user lies in one Redis Cluster slot.
+id, so that everything about one user lies in one slot; but scripts take many users at once, so
+Redis Cluster is not supported.
 """
 
 from __future__ import annotations

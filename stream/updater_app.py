@@ -25,6 +25,7 @@ from redis.exceptions import AuthenticationError
 from model.engine import Engine
 from model.releases import load_current
 from profiles.arithmetic import Layout
+from profiles.connection import address, refuse_cluster
 from profiles.errors import RedisUnavailable
 from profiles.items import ItemStore
 from profiles.schema import Keys
@@ -87,6 +88,7 @@ def profile_layout(settings: Settings, dimensions: int) -> Layout:
 def build_updater(settings: Settings, engine: Engine, partitions: int) -> Updater:
     """An updater on real stores. `partitions`: of the events topic."""
     client = settings.redis.connection().open()
+    refuse_cluster(client, address(settings.redis.url))
     keys = Keys(settings.namespace)
     try:
         layout = profile_layout(settings, engine.dimensions)
