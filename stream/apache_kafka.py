@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -252,14 +253,16 @@ def apache_kafka_jars() -> Path:
     _java()
     # Where each user's caches go by convention: beside pip's, outside the checkout.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penchant"
-    jars = cache / f"kafka-{apache_kafka_version()}"
-    # The pom lies with the jars, so that another log4j also means fetching again.
-    if _same_text(jars / APACHE_POM.name, APACHE_POM):
+    # Named by the whole pom, so that another log4j is another folder, and another checkout that
+    # pins other jars keeps its own.
+    digest = hashlib.sha256(APACHE_POM.read_bytes()).hexdigest()[:8]
+    jars = cache / f"kafka-{apache_kafka_version()}-{digest}"
+    if jars.exists():
         return jars
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "kafka.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once: the second finds it done
-        if not _same_text(jars / APACHE_POM.name, APACHE_POM):
+        if not jars.exists():
             _fetch_jars(jars)
     return jars
 
@@ -270,16 +273,12 @@ def _fetch_jars(jars: Path) -> None:
         raise UserError(f"Apache Kafka is fetched with Maven, which is missing: {JAVA_AND_MAVEN}")
     with tempfile.TemporaryDirectory(dir=jars.parent, prefix="kafka-") as temporary:
         folder = Path(temporary) / "jars"
-        folder.mkdir()
-        shutil.copyfile(APACHE_POM, folder / APACHE_POM.name)
-        command = [maven, "--batch-mode", "--quiet", "--file", str(folder / APACHE_POM.name)]
+        command = [maven, "--batch-mode", "--quiet", "--file", str(APACHE_POM)]
         goal = ["dependency:copy-dependencies", f"-DoutputDirectory={folder}"]
         answer = subprocess.run([*command, *goal], capture_output=True, text=True, check=False)
         if answer.returncode != 0:
             tail = "\n".join(answer.stdout.splitlines()[-10:])
             raise UserError(f"Maven could not fetch Apache Kafka; its last lines:\n{tail}")
-        if jars.exists():
-            shutil.rmtree(jars)
         folder.rename(jars)
 
 
@@ -298,7 +297,3 @@ def _java() -> str:
 def _java_escaped(value: str) -> str:
     """As a properties file wants it: ASCII, with backslashes doubled."""
     return json.dumps(value)[1:-1]
-
-
-def _same_text(left: Path, right: Path) -> bool:
-    return left.exists() and left.read_bytes() == right.read_bytes()

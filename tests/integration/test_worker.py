@@ -12,6 +12,8 @@ import json
 import logging
 import random
 import signal
+import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -223,6 +225,55 @@ def test_bad_records_become_dead_letters_and_the_others_count(
         assert worker.error is None
     shop.assert_right()
     assert shop.profile("ann").events == 1 + len(BAD_VALUES)
+
+
+def test_what_java_clients_send_is_counted_however_it_is_compressed(
+    make_shop: MakeShop, apache_kafka: ApacheKafka
+) -> None:
+    codecs = {1: "gzip", 2: "snappy", 3: "lz4", 4: "zstd"}  # by their number in a batch
+    shop = make_shop(4)
+    shop.send(*ITEMS)
+    with LocalWorker(shop.settings) as worker:
+        for codec in codecs.values():
+            events = [_view(f"käthe-{codec}-{n % 20}", "i2") for n in range(100)]
+            _send_with_java(apache_kafka, shop.settings.topic("events"), codec, events)
+        shop.wait_folded()
+        assert worker.error is None
+    records = shop.assert_right().records
+    keys = [record.key for record in records]
+    assert [r.partition for r in records] == [partition_for(key, 4) for key in keys]
+    assert {r.partition for r in records} == {0, 1, 2, 3}
+    assert [profile.events for profile in shop.profiles().values()] == [5] * 80
+    assert _codecs(apache_kafka, shop.settings.topic("events")) == set(codecs)
+
+
+def _send_with_java(kafka: ApacheKafka, topic: str, codec: str, events: list[View]) -> None:
+    """By Apache Kafka's console producer, a Java client with its own partitioner."""
+    lines = [f"{event.user_id}|{event.model_dump_json()}" for event in events]
+    options = ["--bootstrap-server", kafka.bootstrap, "--topic", topic]
+    options += ["--compression-codec", codec, "--reader-property", "parse.key=true"]
+    options += ["--reader-property", "key.separator=|"]
+    ended = subprocess.run(
+        [*kafka._java, "-Dfile.encoding=UTF-8", "org.apache.kafka.tools.ConsoleProducer", *options],
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def _codecs(kafka: ApacheKafka, topic: str) -> set[int]:
+    """Of the record batches in the broker's own files."""
+    found = set()
+    for file in (kafka._data_dir / "node-1" / "data").glob(f"{topic}-*/*.log"):
+        log, start = file.read_bytes(), 0
+        while start + 61 <= len(log):  # offset 8, length 4, epoch 4, magic 1, CRC 4, attributes 2
+            length, attributes = struct.unpack_from(">8xi9xh", log, start)
+            found.add(attributes & 7)
+            start += 12 + length
+    return found
 
 
 def test_awkward_but_good_input_counts_as_the_oracle_says(make_shop: MakeShop) -> None:
