@@ -63,6 +63,8 @@ for command in (produce, replay, simulate):
     app.command()(command)
 app.command("eval")(evaluate)
 
+_DLQ_LOOKED_AT = 1_000  # of these records copies are found
+
 
 def main() -> None:
     """Run the command line; failures a person can mend are one line and exit code 1."""
@@ -403,18 +405,20 @@ def _reader() -> Iterator[ProfileReader]:
 def dlq_show(
     limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 20,
 ) -> None:
-    """The newest rejected records: why, where they came from, and what they held."""
-    from .dead_letter import read
+    """The newest rejected records: why, where they came from, and what they held. One that was
+    rejected again and again stands there once."""
+    from .dead_letter import distinct, read
 
-    letters = read(load_settings(), limit)
+    letters = distinct(read(load_settings(), max(limit, _DLQ_LOOKED_AT)))
     if not letters:
         console.print("no rejects")
         return
-    for letter in letters:
+    for letter, copies in letters[:limit]:
         when = datetime.fromtimestamp(letter.rejected_ms / 1000, UTC).isoformat("T", "seconds")
         console.print(
             f"{when}  {letter.topic}[{letter.partition}] @ {letter.offset}  "
-            f"[bold]{plain(letter.reason)}[/bold]: {plain(letter.detail)}",
+            f"[bold]{plain(letter.reason)}[/bold]: {plain(letter.detail)}"
+            + (f"  ({copies:,} copies)" if copies > 1 else ""),
             highlight=False,
         )
         value = (letter.value or b"").decode(errors="replace")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -194,6 +194,21 @@ def read(settings: Settings, limit: int, timeout_s: float = 10.0) -> list[DeadLe
             consumer.close()
     messages.sort(key=lambda m: (m.timestamp()[1], m.offset()), reverse=True)
     return [_dead_letter(message) for message in messages[:limit]]
+
+
+def distinct(letters: Iterable[DeadLetter]) -> list[tuple[DeadLetter, int]]:
+    """Each rejected record once, in the order given, and how many copies there are: a worker that
+    ends before it commits rejects the same ones again. PURE."""
+    first: dict[object, DeadLetter] = {}
+    copies: Counter[object] = Counter()
+    for letter in letters:
+        # Without an origin, of what something else put there, none is another's copy.
+        origin = (
+            (letter.topic, letter.partition, letter.offset) if letter.offset >= 0 else id(letter)
+        )
+        first.setdefault(origin, letter)
+        copies[origin] += 1
+    return [(letter, copies[origin]) for origin, letter in first.items()]
 
 
 def _newest(consumer: Consumer, topic: str, limit: int, timeout_s: float) -> list[Message]:

@@ -37,7 +37,13 @@ def produce(
     settings = load_settings()
     with nullcontext(sys.stdin.buffer) if file == "-" else open_to_read(Path(file)) as lines:
         connect(settings.kafka)  # the producer alone would be patient for half a minute
-        sent, bad = produce_lines(settings, lines, items=items)
+        if file == "-":  # a bar would be in the way of who types
+            sent, bad = produce_lines(settings, lines, items=items)
+        else:
+            with progress("lines") as report:
+                sent, bad = produce_lines(
+                    settings, lines, items=items, on_line=lambda number: report(number, None)
+                )
     for number, detail in bad:
         errors.print(f"line {number}: {plain(detail)}", highlight=False, soft_wrap=True)
     console.print(f"{sent:,} sent" + (f", {len(bad):,} refused" if bad else ""), highlight=False)

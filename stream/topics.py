@@ -155,13 +155,15 @@ def connect(kafka: KafkaSettings, patience_s: float = 10.0) -> tuple[AdminClient
 def _unreachable(
     kafka: KafkaSettings, patience_s: float, error: KafkaError, seen: Iterable[KafkaError]
 ) -> str:
-    codes = {error.code()} | {each.code() for each in seen}
+    every = [error, *seen]
+    codes = {each.code() for each in every}
     if KafkaError._AUTHENTICATION in codes:
         return (
             f"The Kafka brokers at {kafka.bootstrap} refused the user name or the password; "
             "check KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD and KAFKA_SASL_MECHANISM"
         )
-    if KafkaError._SSL in codes:
+    # A broker that does not speak TLS hangs up, which has no code of its own.
+    if KafkaError._SSL in codes or any("SSL handshake failed" in each.str() for each in every):
         return (
             f"No TLS connection to the Kafka brokers at {kafka.bootstrap}; "
             "check KAFKA_SECURITY_PROTOCOL and KAFKA_SSL_CA_LOCATION"

@@ -22,10 +22,11 @@ from stream import cli
 from stream.base_release import require_as_set
 from stream.dead_letter import DeadLetters
 from stream.errors import UserError
-from stream.local_stack import RedisServer, ServerRecord, Stack, Tansu
-from stream.processes import ProcessIdentity
+from stream.local_stack import ApacheKafka, RedisServer, ServerRecord, Stack, Tansu
+from stream.processes import ProcessIdentity, free_ports
 from stream.settings import KafkaSettings, ModelSettings, Settings
 from stream.topics import create_topics
+from tests.integration.shop_traffic import read_back
 from tests.integration.test_profile_reader import fill
 
 pytestmark = pytest.mark.redis
@@ -132,13 +133,54 @@ def test_a_wrong_redis_password_names_the_setting(
     fails(run("profile", "show", "u1", REDIS_URL=url, REDIS_PASSWORD="wrong"), "REDIS_PASSWORD")
 
 
+@pytest.mark.kafka
+def test_a_wrong_kafka_password_names_the_settings(
+    run: Run, start_apache_kafka: Callable[..., ApacheKafka]
+) -> None:
+    module = "org.apache.kafka.common.security.plain.PlainLoginModule"
+    plain, controller, login = free_ports(3)
+    plain_and_login = f"PLAINTEXT://127.0.0.1:{plain},LOGIN://127.0.0.1:{login}"
+    start_apache_kafka(
+        port=plain,
+        properties={
+            "listeners": f"{plain_and_login},CONTROLLER://127.0.0.1:{controller}",
+            "advertised.listeners": plain_and_login,
+            "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,"
+            "LOGIN:SASL_PLAINTEXT",
+            "listener.name.login.sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.login.plain.sasl.jaas.config": f'{module} required user_shop="right";',
+        },
+    )
+    where = {
+        "KAFKA_BOOTSTRAP": f"127.0.0.1:{login}",
+        "KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT",
+        "KAFKA_SASL_USERNAME": "shop",
+        "KAFKA_PARTITIONS": "1",
+    }
+    ran = run("topics", "create", KAFKA_SASL_PASSWORD="wrong", **where)
+    fails(ran, "check KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD and KAFKA_SASL_MECHANISM")
+    assert "wrong" not in ran.err
+    assert run("topics", "create", KAFKA_SASL_PASSWORD="right", **where).code == 0
+
+
+@pytest.mark.kafka
+def test_tls_to_a_broker_that_has_none_names_the_settings(
+    run: Run, apache_kafka: ApacheKafka
+) -> None:
+    where = {"KAFKA_BOOTSTRAP": apache_kafka.bootstrap, "KAFKA_SECURITY_PROTOCOL": "SSL"}
+    ran = run("topics", "create", **where)
+    fails(ran, "check KAFKA_SECURITY_PROTOCOL and KAFKA_SSL_CA_LOCATION")
+
+
 def test_a_user_without_a_profile_is_named(run: Run, redis_url: str) -> None:
     fails(run("profile", "show", "nobody", REDIS_URL=redis_url), "no profile of user 'nobody'")
 
 
 def test_a_taken_port_is_named(run: Run, tansu: Tansu) -> None:
     ran = run("up", KAFKA_BOOTSTRAP=tansu.bootstrap)
-    fails(ran, tansu.bootstrap.rpartition(":")[2])
+    port = tansu.bootstrap.rpartition(":")[2]
+    fails(ran, f"Port {port} of this machine is taken by process ")
 
 
 def test_a_data_folder_that_cannot_be_one_names_the_setting(run: Run, tmp_path: Path) -> None:
@@ -231,6 +273,37 @@ def test_a_profile_is_shown_by_time_scale(run: Run, redis_url: str, namespace: s
     assert [row[-1] for row in scales] == nearest
 
 
+def test_a_profile_for_programs_is_the_readers(run: Run, redis_url: str, namespace: str) -> None:
+    fill(redis_url, namespace)
+    plain, full = (
+        json.loads(run("profile", "show", "ann", "--json", *more, REDIS_URL=redis_url).out)
+        for more in ((), ("--vectors",))
+    )
+    with ProfileReader(Connection(redis_url), namespace) as reader:
+        profile = reader.get("ann")
+        nearest = [item.item_id for item in reader.nearest_items("ann")]
+    assert (plain["user_id"], plain["events"]) == ("ann", profile.events)
+    assert [entry["t_ms"] for entry in plain["window"]] == profile.window["t_ms"].tolist()
+    assert [item["item_id"] for item in plain["nearest_items"]] == nearest[:8]
+    for k, scale in enumerate(full["scales"]):
+        assert scale.pop("interest") == pytest.approx(profile.interest(k).tolist(), abs=1e-6)
+    assert full == plain
+
+
+def test_similar_shoppers_are_listed_with_what_they_like(
+    run: Run, redis_url: str, namespace: str
+) -> None:
+    fill(redis_url, namespace)
+    with ProfileReader(Connection(redis_url), namespace) as reader:
+        similar = reader.similar_users("ann", 2)
+        liked = {user: reader.top_categories(reader.get(user), 1)[0][0] for user, _ in similar}
+    assert len(similar) == 2
+    shown = run("profile", "similar", "ann", "--k", "2", REDIS_URL=redis_url).out
+    rows = [re.split(r" *[│┃] *", line)[1:4] for line in shown.splitlines() if "│" in line]
+    assert [row[:2] for row in rows] == [[user, f"{cosine:.3f}"] for user, cosine in similar]
+    assert all(row[2].startswith(liked[row[0]]) for row in rows)
+
+
 def test_a_profile_without_an_item_has_no_empty_tables(
     run: Run, redis_url: str, namespace: str
 ) -> None:
@@ -302,6 +375,23 @@ def test_good_lines_are_sent_and_bad_ones_named(run: Run, tansu: Tansu, tmp_path
     assert run("produce", "--items", str(file), **where) == Ran(0, "1 sent\n", "")
 
 
+@pytest.mark.kafka
+def test_an_event_without_a_time_is_sent_without_one(
+    run: Run, apache_kafka: ApacheKafka, tmp_path: Path, namespace: str
+) -> None:
+    where = {"KAFKA_BOOTSTRAP": apache_kafka.bootstrap, "KAFKA_PARTITIONS": "1"}
+    assert run("topics", "create", **where).code == 0
+    written = {"type": "click", "user_id": "u1", "item_id": "i1"}
+    file = tmp_path / "events.jsonl"
+    file.write_text(f"{json.dumps(written)}\n{json.dumps(CLICK)}\n")
+    assert run("produce", str(file), **where) == Ran(0, "2 sent\n", "")
+    kafka = KafkaSettings(bootstrap=apache_kafka.bootstrap, partitions=1)
+    stored = read_back(Settings(namespace=namespace, kafka=kafka), "events")
+    values = [json.loads(record.value or b"") for record in stored]
+    assert [value.pop("event_id", None) is not None for value in values] == [True, True]
+    assert values == [{**event, "schema_version": 1} for event in (written, CLICK)]
+
+
 def test_all_rejects_of_a_batch_are_shown_newest_first(
     run: Run, tansu: Tansu, namespace: str
 ) -> None:
@@ -330,6 +420,34 @@ def test_all_rejects_of_a_batch_are_shown_newest_first(
     assert set(shown[1::2]) == {"    [/bold]{"}
     newest = run("dlq", "show", "--limit", "2", **where).out.splitlines()
     assert newest == shown[:4]
+
+
+def test_a_reject_that_was_sent_again_is_shown_once(run: Run, tansu: Tansu, namespace: str) -> None:
+    where = {"KAFKA_BOOTSTRAP": tansu.bootstrap, "KAFKA_PARTITIONS": "2"}
+    settings = Settings(
+        namespace=namespace, kafka=KafkaSettings(bootstrap=tansu.bootstrap, partitions=2)
+    )
+    create_topics(settings)
+    for _ in range(3):  # a worker that ends before it commits, and is started anew
+        letters = DeadLetters(settings)
+        for offset in (7, 8):
+            letters.put(
+                key=b"u1",
+                value=b"{",
+                headers=None,
+                topic="shop.events",
+                partition=offset % 2,
+                offset=offset,
+                timestamp_ms=0,
+                reason="json",
+                detail="no JSON",
+            )
+        letters.flush()
+    shown = run("dlq", "show", **where).out.splitlines()
+    assert [line.split()[1:] for line in shown[::2]] == [
+        ["shop.events[0]", "@", "8", "json:", "no", "JSON", "(3", "copies)"],
+        ["shop.events[1]", "@", "7", "json:", "no", "JSON", "(3", "copies)"],
+    ]
 
 
 def test_the_schemas_in_docs_are_those_of_the_code(run: Run, tmp_path: Path) -> None:
