@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-_HEAVY = ("torch", "transformers", "faust", "confluent_kafka", "pydantic", "redis", "pyarrow")
+_HEAVY = (
+    "torch", "transformers", "faust", "confluent_kafka", "pydantic", "redis", "pyarrow", "numba"
+)  # fmt: skip
 _PROGRAM = f"""
 import sys, time
 begin = time.thread_time()
