@@ -292,16 +292,13 @@ end
 return out
 """
 
-# KEYS: profile keys. ARGV, five per key: fence it was loaded with ('' = no profile), new fence,
-# state, glance, expiry (unix seconds, '0' = leave). Reply: positions (from 1) that were refused.
-# A save whose reply was lost finds its own fence and counts as done.
-SAVE_SCRIPT: Final = """
+_FENCED_SAVE: Final = """
 local refused = {}
 for i = 1, #KEYS do
   local key, at = KEYS[i], 5 * i - 4
   local stored = redis.call('HGET', key, 'fence') or ''
   if stored == ARGV[at] then
-    redis.call('HSET', key, 'fence', ARGV[at + 1], 'state', ARGV[at + 2], 'glance', ARGV[at + 3])
+    redis.call('HSET', key, 'fence', ARGV[at + 1], 'FIRST', ARGV[at + 2], 'SECOND', ARGV[at + 3])
     if ARGV[at + 4] ~= '0' then redis.call('EXPIREAT', key, ARGV[at + 4]) end
   elseif stored ~= ARGV[at + 1] then
     refused[#refused + 1] = i
@@ -309,6 +306,16 @@ for i = 1, #KEYS do
 end
 return refused
 """
+
+
+def _fenced_save(first: str, second: str) -> str:
+    return _FENCED_SAVE.replace("FIRST", first).replace("SECOND", second)
+
+
+# KEYS: profile keys. ARGV, five per key: fence it was loaded with ('' = no profile), new fence,
+# state, glance, expiry (unix seconds, '0' = leave). Reply: positions (from 1) that were refused.
+# A save whose reply was lost finds its own fence and counts as done.
+SAVE_SCRIPT: Final = _fenced_save(STATE, GLANCE)
 
 # KEYS: neighbours keys. No ARGV. Reply: tally, near, fence, tally, near, fence, …
 LOAD_NEIGHBOURS_SCRIPT: Final = """
@@ -321,20 +328,7 @@ return out
 """
 
 # As SAVE_SCRIPT, for neighbours keys: fence before, new fence, tally, near, expiry.
-SAVE_NEIGHBOURS_SCRIPT: Final = """
-local refused = {}
-for i = 1, #KEYS do
-  local key, at = KEYS[i], 5 * i - 4
-  local stored = redis.call('HGET', key, 'fence') or ''
-  if stored == ARGV[at] then
-    redis.call('HSET', key, 'fence', ARGV[at + 1], 'tally', ARGV[at + 2], 'near', ARGV[at + 3])
-    if ARGV[at + 4] ~= '0' then redis.call('EXPIREAT', key, ARGV[at + 4]) end
-  elseif stored ~= ARGV[at + 1] then
-    refused[#refused + 1] = i
-  end
-end
-return refused
-"""
+SAVE_NEIGHBOURS_SCRIPT: Final = _fenced_save(TALLY, NEAR)
 
 # KEYS: item keys, then the stream of changes. ARGV, six per item: origin source ('' = inline,
 # from an event), offset (20 digits), record, text version, '1' if deleted (else ''), item key in
