@@ -44,6 +44,7 @@ def produce(
                 sent, bad = produce_lines(
                     settings, lines, items=items, on_line=lambda number: report(number, None)
                 )
+                report(sent + len(bad), sent + len(bad))
     for number, detail in bad:
         errors.print(f"line {number}: {plain(detail)}", highlight=False, soft_wrap=True)
     console.print(f"{sent:,} sent" + (f", {len(bad):,} refused" if bad else ""), highlight=False)

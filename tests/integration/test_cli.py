@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,10 +16,11 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 
 from model.releases import Release
 from profiles import Connection, ProfileReader
-from stream import cli
+from stream import cli, terminal
 from stream.base_release import require_as_set
 from stream.dead_letter import DeadLetters
 from stream.errors import UserError
@@ -373,6 +375,19 @@ def test_good_lines_are_sent_and_bad_ones_named(run: Run, tansu: Tansu, tmp_path
 
     file.write_text(json.dumps({"item_id": "i1", "title": "A lamp"}) + "\n")
     assert run("produce", "--items", str(file), **where) == Ran(0, "1 sent\n", "")
+
+
+def test_a_person_sees_how_far_a_file_is(
+    run: Run, tansu: Tansu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = {"KAFKA_BOOTSTRAP": tansu.bootstrap, "KAFKA_PARTITIONS": "2"}
+    assert run("topics", "create", **where).code == 0
+    (tmp_path / "events.jsonl").write_text(f"{json.dumps(CLICK)}\n" * 3)
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "errors", Console(file=screen, force_terminal=True))
+    assert run("produce", str(tmp_path / "events.jsonl"), **where).out == "3 sent\n"
+    assert "lines" in screen.getvalue()
+    assert "3/3" in screen.getvalue()
 
 
 @pytest.mark.kafka
