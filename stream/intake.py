@@ -23,12 +23,13 @@ from itertools import groupby
 from typing import Any, Final, TypeVar
 
 import confluent_kafka as kafka
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, OffsetSpec
 from mode import Service
 
 from profiles.schema import source_key
 
 from . import metrics
+from .asked_offsets import AskedOffsets
 from .errors import UserError
 from .group_protocol import choose_protocol
 from .offsets import OffsetTracker, TopicPartition
@@ -139,6 +140,9 @@ class Intake(Service):  # type: ignore[misc]
         self._stopping = False
         self._aborted = False
         self._admin = AdminClient(client_config(settings))
+        self._begins = AskedOffsets(self._admin, OffsetSpec.earliest())
+        self._ends = AskedOffsets(self._admin, OffsetSpec.latest())
+        self._next_look_s = 0.0
         self._protocol = ""
         self._topic_ids: dict[str, str | None] = {}
         self._next_offset: dict[TopicPartition, int] = {}  # of assigned partitions, once read from
@@ -228,7 +232,7 @@ class Intake(Service):  # type: ignore[misc]
     def _consume(self, loop: asyncio.AbstractEventLoop) -> None:
         self._protocol = choose_protocol(self._settings.kafka)
         consumer = self._subscribed()
-        next_commit_s = next_look_s = 0.0
+        next_commit_s = 0.0
         try:
             while not (self._stopping or self._aborted):
                 batch = self._gather(consumer)
@@ -239,12 +243,7 @@ class Intake(Service):  # type: ignore[misc]
                 if now_s >= next_commit_s:
                     self._commit(consumer, synchronous=False)
                     next_commit_s = now_s + _COMMIT_EVERY_S
-                if now_s >= next_look_s:
-                    next_look_s = now_s + _LOOK_EVERY_S
-                    self._measure_lag(consumer)
-                    self._report_idleness(now_s)
-                    self._report_expired(consumer, self._jumped_from)
-                    self._jumped_from.clear()
+                self._look_around(consumer, now_s)
             self._finish_in_hand(None)
             self._commit(consumer, synchronous=True)
         finally:
@@ -378,7 +377,7 @@ class Intake(Service):  # type: ignore[misc]
                 self._hand_out(batch, loop)
             consumer.pause(consumer.assignment())
             self._commit(consumer, synchronous=False)
-            self._measure_lag(consumer)
+            self._look_around(consumer, time.monotonic())
             with self._changed:
                 if self._waiting_batches < limit:
                     break
@@ -437,6 +436,8 @@ class Intake(Service):  # type: ignore[misc]
             self._epoch += 1
             for p in partitions:
                 self._epochs[(p.topic, p.partition)] = self._epoch
+                if p.offset >= 0:
+                    self._tracker.starts((p.topic, p.partition), p.offset)
             self._gauges.partitions.set(len(self._epochs))
         log.info("assigned %s", _names(partitions))
 
@@ -541,12 +542,28 @@ class Intake(Service):  # type: ignore[misc]
                 _UNEMPLOYED_S, self._group,
             )  # fmt: skip
 
+    def _look_around(self, consumer: kafka.Consumer, now_s: float) -> None:
+        """What is told once in a while."""
+        if now_s >= self._next_look_s:
+            self._next_look_s = now_s + _LOOK_EVERY_S
+            self._measure_lag(consumer)
+            self._report_idleness(now_s)
+            self._report_expired(consumer, self._jumped_from)
+            self._jumped_from.clear()
+
     def _measure_lag(self, consumer: kafka.Consumer) -> None:
-        lag = 0
-        for p in consumer.position(consumer.assignment()):
-            _, high = consumer.get_watermark_offsets(p, cached=True)
-            if p.offset >= 0 and high >= 0:
-                lag += max(0, high - p.offset)
+        """From what is finished to the end, by the answer to the last time's question."""
+        with self._changed:
+            held, finished = list(self._epochs), self._tracker.positions()
+        begins = self._begins.look([place for place in held if place not in finished])
+        ends, lag = self._ends.look(held), 0
+        for place in held:
+            at = finished.get(place, begins.get(place))
+            if at is not None:
+                # Tansu takes its latest batch for one record. What was fetched knows better, but
+                # stands still while nothing is.
+                seen = consumer.get_watermark_offsets(kafka.TopicPartition(*place), cached=True)[1]
+                lag += max(0, ends.get(place, 0) - at, seen - at)
         self._gauges.lag.set(lag)
 
 

@@ -149,7 +149,10 @@ RELEASE: Final = Gauge(
 
 # Gauges.
 LAG: Final = Gauge(
-    "penchant_lag_records", "Records behind the end of the assigned partitions", registry=REGISTRY
+    "penchant_lag_records",
+    "Records of the assigned partitions that are not saved yet, as of about a second ago. Rising: "
+    "the worker does not keep up",
+    registry=REGISTRY,
 )
 PARTITIONS: Final = Gauge("penchant_partitions_assigned", "Partitions", registry=REGISTRY)
 

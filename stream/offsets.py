@@ -29,9 +29,18 @@ class OffsetTracker:
     where it is, so that nothing behind it can be committed.
     """
 
+    _starts: dict[TopicPartition, int] = field(default_factory=dict)
     _runs: dict[TopicPartition, deque[_Run]] = field(default_factory=dict)
     _finished: dict[TopicPartition, int] = field(default_factory=dict)
     _committed: dict[TopicPartition, int] = field(default_factory=dict)
+
+    def starts(self, partition: TopicPartition, offset: int) -> None:
+        """Everything before this offset was finished by somebody else."""
+        self._starts[partition] = offset
+
+    def positions(self) -> dict[TopicPartition, int]:
+        """Partition -> the offset before which everything is finished, where that is known."""
+        return self._starts | self._finished
 
     def handed_out(self, partition: TopicPartition, next_offset: int) -> None:
         """A slice that ends before `next_offset` is on its way to the updater."""
@@ -79,6 +88,7 @@ class OffsetTracker:
     def forget(self, partitions: set[TopicPartition]) -> None:
         """The partitions are no longer ours: nothing of them may be committed any more."""
         for partition in partitions:
+            self._starts.pop(partition, None)
             self._runs.pop(partition, None)
             self._finished.pop(partition, None)
             self._committed.pop(partition, None)

@@ -18,7 +18,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from profiles.schema import source_key
 from stream import metrics
 from stream.intake import Intake, IntakeFailed, MicroBatch, Slice
-from stream.local_stack import ApacheKafka
+from stream.local_stack import ApacheKafka, Tansu
 from stream.settings import KafkaSettings, Settings, StreamSettings
 from stream.topics import create_topics, topic_ids
 from tests.integration.worker_process import committed, ends, eventually
@@ -138,7 +138,7 @@ MakeTopic = Callable[..., Topic]
 def make_topic(apache_kafka: ApacheKafka, namespace: str) -> MakeTopic:
     """`make_topic(partitions=2, group_protocol=…, batch_records=…)`"""
 
-    def make(kafka: ApacheKafka = apache_kafka, **options: Any) -> Topic:
+    def make(kafka: ApacheKafka | Tansu = apache_kafka, **options: Any) -> Topic:
         of_kafka = {"partitions": 1, "group_protocol": "consumer", "session_timeout_s": 6.0}
         of_kafka |= {name: options.pop(name) for name in list(options) if name in of_kafka}
         settings = Settings(
@@ -395,6 +395,40 @@ def test_a_slow_updater_holds_the_stream_back_and_nothing_is_lost_or_read_twice(
             offsets.setdefault(piece.partition, []).extend(piece.offsets)
         assert offsets == {0: list(range(100)), 1: list(range(100))}
         topic.wait_committed(100, 0)
+
+
+def test_lag_is_what_is_not_finished_also_while_nothing_is_fetched(make_topic: MakeTopic) -> None:
+    topic = make_topic(partitions=2, batch_records=10, buffered_batches=1)
+    topic.send(10, 0)
+    with topic.read() as reader:
+        topic.wait_committed(10, 0)
+    topic.send(90, 0)
+    topic.send(20, 1)
+    with topic.read(at_once=False) as reader:
+        eventually("all is told, also what is in hand", lambda: _lag() == 110)
+        held_since = time.monotonic()
+        eventually("it has paused", lambda: time.monotonic() - held_since > 2)
+        topic.send(40, 1)
+        eventually("what came since is told", lambda: _lag() == 150)
+        _do_until(reader, lambda: topic.committed(0) == 100 and topic.committed(1) == 60)
+        eventually("nothing is left", lambda: _lag() == 0)
+
+
+def test_lag_on_the_embedded_broker_misses_nothing_that_was_fetched(
+    make_topic: MakeTopic, tansu: Tansu
+) -> None:
+    topic = make_topic(tansu, group_protocol="classic")
+    topic.send(30)  # a batch, which it takes for one record when it is asked for the end
+    with topic.read(at_once=False) as reader:
+        eventually("all are in hand", lambda: sum(b.records for b in reader.waiting) == 30)
+        eventually("all are told", lambda: _lag() == 30)
+        _do_until(reader, lambda: topic.committed() == 30)
+        eventually("nothing is left", lambda: _lag() == 0)
+
+
+def _lag() -> float:
+    value: float = metrics.LAG._value.get()
+    return value
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

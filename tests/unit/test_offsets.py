@@ -22,6 +22,20 @@ def test_slices_may_finish_in_any_order_but_only_the_contiguous_ones_count() -> 
     assert tracker.committable() == {HERE: 30}
 
 
+def test_a_position_is_where_the_partition_was_taken_up_until_something_is_finished() -> None:
+    tracker = OffsetTracker()
+    tracker.starts(HERE, 5)
+    tracker.handed_out(HERE, 10)
+    tracker.handed_out(THERE, 10)
+    assert tracker.positions() == {HERE: 5}
+    tracker.finished(HERE, 10)
+    tracker.finished(THERE, 10)
+    assert tracker.positions() == {HERE: 10, THERE: 10}
+    tracker.starts(THERE, 10)
+    tracker.forget({HERE, THERE})
+    assert tracker.positions() == {}
+
+
 def test_an_offset_is_offered_once_unless_the_broker_did_not_take_it() -> None:
     tracker = OffsetTracker()
     tracker.handed_out(HERE, 10)
