@@ -402,12 +402,17 @@ class ParsedItems:
     rejects: list[Rejected] = field(default_factory=list)
 
 
-def parse(values: Sequence[bytes | None], broker_ms: Sequence[int], max_ahead_ms: int) -> Parsed:
+def parse(
+    values: Sequence[bytes | None],
+    broker_ms: Sequence[int],
+    max_ahead_ms: int,
+    latest_ms: int = MAX_TS_MS,
+) -> Parsed:
     """Take a slice of records apart into events, with `ts` filled, and rejects.
 
     `broker_ms` holds the records' own timestamps (epoch ms), one per value; an event more than
-    `max_ahead_ms` ahead of its record is rejected. No content makes it raise; sequences of
-    different lengths do (ValueError).
+    `max_ahead_ms` ahead of its record is rejected, and one later than `latest_ms` whatever its
+    record says. No content makes it raise; sequences of different lengths do (ValueError).
     """
     parsed = Parsed()
     validate = EVENT_ADAPTER.validator.validate_json
@@ -424,6 +429,9 @@ def parse(values: Sequence[bytes | None], broker_ms: Sequence[int], max_ahead_ms
         ts = event.ts
         if ts > record_ms + max_ahead_ms:
             reject(_future(i, ts, record_ms, max_ahead_ms))
+            continue
+        if ts > latest_ms or (ts == NO_TS and latest_ms < record_ms <= MAX_TS_MS):
+            reject(_beyond(i, max(ts, record_ms), latest_ms))
             continue
         if ts == NO_TS:
             if not MIN_TS_MS <= record_ms <= MAX_TS_MS:
@@ -564,6 +572,15 @@ def _future(index: int, ts: int, record_ms: int, max_ahead_ms: int) -> Rejected:
         "future_ts",
         f"ts {ts} is {(ts - record_ms) / 1000:.1f} s ahead of the record's timestamp {record_ms}; "
         f"at most {max_ahead_ms / 1000:.1f} s are allowed: check the producer's clock",
+    )
+
+
+def _beyond(index: int, ts: int, latest_ms: int) -> Rejected:
+    return Rejected(
+        index,
+        "future_ts",
+        f"ts {ts} is later than {latest_ms}, the latest that the reader's clock allows: check the "
+        "producer's clock",
     )
 
 

@@ -76,6 +76,12 @@ class Slice:
     values: list[bytes | None] = field(default_factory=list)
     timestamps_ms: list[int] = field(default_factory=list)
     headers: list[list[tuple[str, bytes | None]] | None] = field(default_factory=list)
+    clocks: set[int] = field(default_factory=set)  # whose timestamps_ms are: TIMESTAMP_…
+
+    @property
+    def has_producer_times(self) -> bool:
+        """Whether its timestamps are what producers said, not the broker's."""
+        return kafka.TIMESTAMP_CREATE_TIME in self.clocks
 
     @property
     def next_offset(self) -> int:
@@ -299,7 +305,9 @@ class Intake(Service):  # type: ignore[misc]
             piece.offsets.extend(offsets)
             piece.keys.extend(message.key() for message in run)
             piece.values.extend(values)
-            piece.timestamps_ms.extend(message.timestamp()[1] for message in run)
+            clocks, timestamps_ms = zip(*(message.timestamp() for message in run), strict=True)
+            piece.clocks.update(clocks)
+            piece.timestamps_ms.extend(timestamps_ms)
             piece.headers.extend(message.headers() for message in run)
             text_bytes += sum(
                 len(v) - _TEXTLESS_BYTES for v in values if v and len(v) > _TEXTLESS_BYTES

@@ -329,7 +329,9 @@ def _record(raw, p, end, i, fields, types, currency, rounds, w, out):
 
 
 @compiled
-def _scan(raw, record_end, record_ms, max_ahead_ms, fields, types, currency, rounds, out):
+def _scan(
+    raw, record_end, record_ms, max_ahead_ms, latest_ms, fields, types, currency, rounds, out
+):
     w = np.empty(64, np.uint32)
     for i in range(record_ms.size):
         begin, end = record_end[i], record_end[i + 1]
@@ -337,8 +339,8 @@ def _scan(raw, record_end, record_ms, max_ahead_ms, fields, types, currency, rou
         if plain:
             if out.t_ms[i] == 0:
                 out.t_ms[i] = record_ms[i]
-                plain = _MIN_TS_MS <= record_ms[i] <= _MAX_TS_MS
-            elif out.t_ms[i] > record_ms[i] + max_ahead_ms:
+                plain = _MIN_TS_MS <= record_ms[i] <= min(latest_ms, _MAX_TS_MS)
+            elif out.t_ms[i] > min(latest_ms, record_ms[i] + max_ahead_ms):
                 plain = False
         out.plain[i] = plain
 
@@ -372,7 +374,11 @@ class Scanner:
         self._currency = np.frombuffer(currency.encode(), np.uint8)
 
     def scan(
-        self, values: Sequence[bytes | None], record_ms: Sequence[int], max_ahead_ms: int
+        self,
+        values: Sequence[bytes | None],
+        record_ms: Sequence[int],
+        max_ahead_ms: int,
+        latest_ms: int = _MAX_TS_MS,
     ) -> Scanned:
         """Arguments as of `events.parse`."""
         n = len(values)
@@ -392,7 +398,7 @@ class Scanner:
         )
         _scan(
             np.frombuffer(joined, np.uint8), end, np.asarray(record_ms, np.int64), max_ahead_ms,
-            self._fields, self._types, self._currency, _ROUNDS, out,
+            latest_ms, self._fields, self._types, self._currency, _ROUNDS, out,
         )  # fmt: skip
         at = np.flatnonzero(out.plain)
         text = joined.decode("latin-1")  # a character per byte; what is cut out is ASCII

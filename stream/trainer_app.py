@@ -80,7 +80,10 @@ class Ingest:
             self._since_s = self._taken_s
         self._batches.append(batch)
         for piece in batch.slices:
-            parsed = ev.parse(piece.values, piece.timestamps_ms, self._max_ahead_ms)
+            latest_ms = ev.MAX_TS_MS
+            if piece.has_producer_times:  # as the updater: see there
+                latest_ms = time.time_ns() // 1_000_000 + self._max_ahead_ms
+            parsed = ev.parse(piece.values, piece.timestamps_ms, self._max_ahead_ms, latest_ms)
             key = (piece.topic, piece.partition, piece.epoch)
             pending = self._pending.get(key)
             if pending is None:

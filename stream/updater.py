@@ -200,16 +200,17 @@ class Updater:
     def _take_events(self, piece: Slice, columns: Columns) -> list[int]:
         """Add the events of a slice, in order; their positions in it."""
         first, ahead_ms = len(columns.row), int(self._settings.stream.max_ahead_s * 1000)
+        latest_ms = self._latest_ms(piece, ahead_ms)
         index: list[int] = []
         left: Sequence[int] = range(len(piece.values))
         if self._forwarder is None:  # which sends events on as they were parsed
-            scanned = self._scanner.scan(piece.values, piece.timestamps_ms, ahead_ms)
+            scanned = self._scanner.scan(piece.values, piece.timestamps_ms, ahead_ms, latest_ms)
             add_scanned(columns, scanned)
             index, left = scanned.index, scanned.others
             self._rejects.add(len(index), [])
         for i in range(0, len(left), _PART_RECORDS):
             part = left[i : i + _PART_RECORDS]
-            events, of_these = self._parse(piece.at(part), ahead_ms)
+            events, of_these = self._parse(piece.at(part), ahead_ms, latest_ms)
             add_columns(columns, events, self._weights, self._layout.currency)
             index += [part[k] for k in of_these]
         order = sorted(range(len(index)), key=index.__getitem__) if left else []
@@ -218,8 +219,18 @@ class Updater:
             index.sort()
         return index
 
-    def _parse(self, piece: Slice, ahead_ms: int) -> tuple[list[ev.Event], list[int]]:
-        parsed = ev.parse(piece.values, piece.timestamps_ms, ahead_ms)
+    def _latest_ms(self, piece: Slice, ahead_ms: int) -> int:
+        """The latest time of an event of this slice. A producer whose clock is wrong is no witness
+        of its own future, so where records carry its time, this worker's clock is asked. Not about
+        what was sent on: it passed here before, under the same timestamp."""
+        if piece.has_producer_times and piece.topic != self._forwarded_topic:
+            return int(self._clock() * 1000) + ahead_ms
+        return ev.MAX_TS_MS
+
+    def _parse(
+        self, piece: Slice, ahead_ms: int, latest_ms: int
+    ) -> tuple[list[ev.Event], list[int]]:
+        parsed = ev.parse(piece.values, piece.timestamps_ms, ahead_ms, latest_ms)
         self._reject(piece, parsed.rejects)
         if self._forwarder is None:
             return parsed.events, parsed.index

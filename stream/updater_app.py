@@ -406,8 +406,9 @@ def find_topics(settings: Settings) -> tuple[list[str], int]:
         raise UserError(f"no topic {', '.join(missing)}: run `penchant topics create`")
     if not keeps_arrival_times(admin, settings.topic("events")):
         log.warning(
-            "%s keeps the time that producers give: events of a wrong clock are not told from "
-            "others. Set its message.timestamp.type=LogAppendTime (kafka-configs --alter)",
+            "%s keeps the time that producers give: an event from the future is told by this "
+            "worker's clock only, and not once that time has come. Set its "
+            "message.timestamp.type=LogAppendTime (kafka-configs --alter)",
             settings.topic("events"),
         )
     forwarded = metadata.topics.get(settings.topic(forwarding.TOPIC))

@@ -65,6 +65,7 @@ def test_the_topics_are_made_as_each_use_wants_them(bootstrap: str, namespace: s
     assert all(report.created and not report.differences for report in reports.values())
     assert {report.partitions for report in reports.values()} == {3}
     days = 86_400_000
+    assert reports["events"].config["message.timestamp.type"] == "LogAppendTime"
     events, items, rejects = reports["events"], reports["items"], reports["dead-letter"]
     assert (events.config["cleanup.policy"], events.config["retention.ms"]) == (
         "delete",

@@ -71,18 +71,23 @@ def nearly_plain(draw: st.DrawFn) -> bytes:
     return f"{{{comma.join(members)}}}".encode()
 
 
-def both(values: Sequence[bytes | None], record_ms: Sequence[int]) -> tuple[Columns, Columns, int]:
+def both(
+    values: Sequence[bytes | None], record_ms: Sequence[int], latest_ms: int = MAX_TS_MS
+) -> tuple[Columns, Columns, int]:
     """By the scanner with `parse` for the others, and by `parse` alone; how many it took."""
-    scanned = SCANNER.scan(values, record_ms, AHEAD_MS)
+    scanned = SCANNER.scan(values, record_ms, AHEAD_MS, latest_ms)
     out = Columns()
     add_scanned(out, scanned)
     others = parse(
-        [values[i] for i in scanned.others], [record_ms[i] for i in scanned.others], AHEAD_MS
+        [values[i] for i in scanned.others],
+        [record_ms[i] for i in scanned.others],
+        AHEAD_MS,
+        latest_ms,
     )
     add_columns(out, others.events, WEIGHTS, "EUR")
     index = scanned.index + [scanned.others[i] for i in others.index]
     out.arrange(0, sorted(range(len(index)), key=index.__getitem__))
-    parsed = parse(values, record_ms, AHEAD_MS)
+    parsed = parse(values, record_ms, AHEAD_MS, latest_ms)
     assert sorted(index) == parsed.index
     return out, columns(parsed.events, WEIGHTS, "EUR"), len(scanned.index)
 
@@ -97,23 +102,24 @@ def assert_same(out: Columns, want: Columns) -> None:
 
 
 @given(
-    st.lists(
+    records=st.lists(
         st.tuples(
             st.none() | nearly_plain() | nearly_plain() | damaged_json() | damaged_bytes(),
             st.sampled_from([NOW_MS, NOW_MS, 0, -1, MAX_TS_MS + 1]),
         ),
         max_size=8,
-    )
+    ),
+    latest_ms=st.sampled_from([MAX_TS_MS, NOW_MS - 1, NOW_MS + AHEAD_MS // 2]),
 )
-@example([(b'{"type":"view","user_id":"u","item_id":"i","user_id":"v"}', NOW_MS)])
-@example([(b'{"type":"view","user_id":"u","item_id":"i"},{}', NOW_MS)])
-@example([(b'{"type":"view","user_id":"u","item_id":"i","price":01}', NOW_MS)])
-@example([(b'{"type":"view","user_id":"u","item_id":"i","price":1.}', NOW_MS)])
-@example([(b'{"type":"view","user_id":"u","item_id":"i",}', NOW_MS)])
+@example([(b'{"type":"view","user_id":"u","item_id":"i","user_id":"v"}', NOW_MS)], MAX_TS_MS)
+@example([(b'{"type":"view","user_id":"u","item_id":"i"},{}', NOW_MS)], MAX_TS_MS)
+@example([(b'{"type":"view","user_id":"u","item_id":"i","price":01}', NOW_MS)], MAX_TS_MS)
+@example([(b'{"type":"view","user_id":"u","item_id":"i","price":1.}', NOW_MS)], MAX_TS_MS)
+@example([(b'{"type":"view","user_id":"u","item_id":"i",}', NOW_MS)], MAX_TS_MS)
 def test_the_scanner_and_parse_make_the_same_of_all_records(
-    records: list[tuple[bytes | None, int]],
+    records: list[tuple[bytes | None, int]], latest_ms: int
 ) -> None:
-    out, want, _ = both([value for value, _ in records], [at for _, at in records])
+    out, want, _ = both([value for value, _ in records], [at for _, at in records], latest_ms)
     assert_same(out, want)
 
 

@@ -298,6 +298,14 @@ def test_an_event_may_be_ahead_of_its_record_by_the_limit_and_no_more() -> None:
     assert "clock" in reject.detail
 
 
+def test_an_event_later_than_the_reader_allows_is_rejected_whatever_its_record_says() -> None:
+    later = RECORD_MS + 1
+    values = [encoded(ts=later), encoded(ts=RECORD_MS), encoded(), encoded()]
+    parsed = parse(values, [later, later, later, RECORD_MS], AHEAD_MS, RECORD_MS)
+    assert parsed.index == [1, 3]
+    assert [reject.reason for reject in parsed.rejects] == ["future_ts"] * 2
+
+
 def test_an_old_event_is_taken() -> None:
     assert taken(encoded(ts="1998-09-20T03:05:10+00:00")).ts == 906_260_710_000
 
