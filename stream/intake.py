@@ -547,7 +547,7 @@ class Intake(Service):  # type: ignore[misc]
                 "no partition was assigned for %.0f s: run no more workers than topics have "
                 "partitions; if there are fewer, look at the group %s with kafka-consumer-groups, "
                 "and restart its workers",
-                _UNEMPLOYED_S, self._group,
+                _UNEMPLOYED_S, self._settings.topic(self._group),
             )  # fmt: skip
 
     def _look_around(self, consumer: kafka.Consumer, now_s: float) -> None:

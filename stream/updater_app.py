@@ -14,7 +14,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Final, TypeVar
 
@@ -295,17 +295,7 @@ class Worker:
         self.intake = Intake(settings, topics, channel.put, self._failed)
         self.app.penchant_services = (self.intake,)
 
-        @self.app.agent(channel, name="updater")  # type: ignore[untyped-decorator]
-        async def update(batches: Any) -> None:
-            # An exception that leaves an agent makes Faust restart it without the batch it had.
-            # Ours never leaves: the process stops, and the batch is read again.
-            async for batch in batches:
-                try:
-                    await self._pipeline.feed(batch, self.intake)
-                except Exception as error:
-                    self._failed(error)
-                    await asyncio.Event().wait()
-
+        self._feed_from(channel, "updater", lambda batch: self._pipeline.feed(batch, self.intake))
         if settings.learn.neighbours:
             self._neighbours = self._with_neighbours(patience)
 
@@ -315,16 +305,24 @@ class Worker:
         part = NeighbourPart(self._settings, channel.put, self._failed, patience)
         self.app.penchant_services += (part.intake,)
 
-        @self.app.agent(channel, name=GROUP)  # type: ignore[untyped-decorator]
-        async def fold(batches: Any) -> None:
+        self._feed_from(channel, GROUP, part.feed)
+        return part
+
+    def _feed_from(
+        self, channel: Any, name: str, feed: Callable[[MicroBatch], Awaitable[None]]
+    ) -> None:
+        """An agent that hands micro-batches on. An exception that leaves an agent makes Faust
+        restart it without the batch it had. Ours never leaves: the process stops, and the batch
+        is read again."""
+
+        @self.app.agent(channel, name=name)  # type: ignore[untyped-decorator]
+        async def take(batches: Any) -> None:
             async for batch in batches:
                 try:
-                    await part.feed(batch)
+                    await feed(batch)
                 except Exception as error:
                     self._failed(error)
                     await asyncio.Event().wait()
-
-        return part
 
     def run(self) -> None:
         """Run until a signal; raises what made it stop otherwise."""

@@ -491,11 +491,20 @@ def test_an_idle_consumer_shows_that_it_lives_and_one_that_hangs_does_not(
         reader.intake.last_turn_s = 0.0
         eventually("it turned", lambda: reader.intake.last_turn_s)
         assert reader.intake.stuck(time.monotonic()) == ""
+        hangs, goes_on = threading.Event(), threading.Event()
+
+        def hang(*_: Any, **__: Any) -> None:
+            hangs.set()
+            goes_on.wait()
+
         with monkeypatch.context() as patch:
-            patch.setattr(reader.intake, "_commit", lambda *_, **__: time.sleep(2))
-            time.sleep(0.5)
+            patch.setattr(reader.intake, "_commit", hang)
+            assert hangs.wait(30)
             last = reader.intake.last_turn_s
+            time.sleep(1)  # fifty times as long as a turn
+            assert reader.intake.last_turn_s == last
             assert "did nothing for 130 s" in reader.intake.stuck(last + 130)
+        goes_on.set()
         eventually("it turns again", lambda: reader.intake.last_turn_s > last)
 
 
@@ -527,6 +536,7 @@ def test_a_worker_without_partitions_says_so_once(
             idle = two if one.intake.assigned() else one
             assert idle.intake.assigned() == 0
     assert caplog.text.count("no partition was assigned") == 1
+    assert f"look at the group {topic.settings.namespace}.updater with" in caplog.text
 
 
 # --- what goes wrong in the topic ----------------------------------------------------------
