@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from . import schema
 from .errors import LayoutMismatch, SchemaTooNew, SpaceMismatch, StateCorrupt
+from .fates import APPLIED, ERASED, FORGOTTEN, REPEATED, REPLAYED
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -108,9 +109,11 @@ class Folded:
 
     applied: Ints  # indices of the events that count now
     touched: list[int]  # users whose profile or watermark moved
-    replayed: int  # at or below the watermark: they counted before
-    repeated: int  # same event id as an earlier one: a producer's repeat
-    forgotten: int  # `forget` commands carried out
+    fate: NDArray[np.uint8]  # (m,) see `fates`
+
+    def count(self, fate: int) -> int:
+        """How many events met it."""
+        return int((self.fate == fate).sum())
 
 
 @dataclass
@@ -323,10 +326,9 @@ def _check_space(profiles: Profiles, space: int) -> None:
 def _admit(profiles: Profiles, events: EventColumns, layout: Layout) -> Folded:
     """Decide, event by event in arrival order, what counts; move watermarks and event ids."""
     watermarks, seen = profiles.watermarks, profiles.seen
-    keep: list[int] = []
     touched: set[int] = set()
     erased: dict[int, int] = {}  # row -> position of its last `forget`
-    replayed = repeated = forgotten = 0
+    fate = np.full(len(events.row), APPLIED, np.uint8)
     remembered = layout.seen * 8
     rows, types = events.row.tolist(), events.type.tolist()
     ids = [key.to_bytes(8, "little") if key else b"" for key in events.event.tolist()]
@@ -335,27 +337,25 @@ def _admit(profiles: Profiles, events: EventColumns, layout: Layout) -> Folded:
     ):
         watermark = watermarks[row]
         if offset < watermark.get(source, 0):
-            replayed += 1
+            fate[i] = REPLAYED
             continue
         watermark[source] = offset + 1
         touched.add(row)
         # An unaligned match of 8 hashed bytes in 512 has odds of 2^-55: no need to align.
         if event and event in seen[row]:
-            repeated += 1
+            fate[i] = REPEATED
             continue
         if kind == FORGET:
             _erase(profiles, row, layout)
             erased[row] = i
-            forgotten += 1
-        else:
-            keep.append(i)
+            fate[i] = FORGOTTEN
         # The id of a `forget` stays as well: its repeat must not erase what came in between.
         if event and remembered:
             seen[row] = (seen[row] + event)[-remembered:]
     if erased:
-        keep = [i for i in keep if i > erased.get(rows[i], -1)]
-    applied = np.asarray(keep, dtype=np.int64)
-    return Folded(applied, sorted(touched), replayed, repeated, forgotten)
+        kept = np.flatnonzero(fate == APPLIED)
+        fate[kept[[i < erased.get(rows[i], -1) for i in kept.tolist()]]] = ERASED
+    return Folded(np.flatnonzero(fate == APPLIED), sorted(touched), fate)
 
 
 def _erase(profiles: Profiles, row: int, layout: Layout) -> None:

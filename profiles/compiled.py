@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from . import schema
+from . import fates, schema
 from .arithmetic import FORGET
 
 Bytes = NDArray[np.uint8]
@@ -31,11 +31,9 @@ inlined: Callable[..., Any] = njit(**_INNER, forceinline=True)
 LEFT: Final = 0  # not done here
 UNTOUCHED: Final = 1  # nothing new
 WRITTEN: Final = 2
-SPLIT: Final = 3  # written, and the first time with events of a further partition
+SPLIT: Final = 3  # written, and the first time with events of a further partition of today
 # What became of an event.
-APPLIED: Final = 1
-REPLAYED: Final = 2
-REPEATED: Final = 3
+_FATE_APPLIED, _FATE_REPLAYED, _FATE_REPEATED = 1, 2, 3
 
 # The header as the kernel reads it, in units of each field's own size. Written out, because a
 # compiled kernel is kept on disk for as long as this file does not change.
@@ -77,11 +75,15 @@ def _agrees() -> bool:
         and (schema.WINDOW_ENTRY.itemsize, schema.CATEGORY_ENTRY.itemsize) == (_ENTRY, _CATEGORY)
         and (schema.FENCE_HEADER.itemsize, schema.WATERMARK_ENTRY.itemsize) == (_FENCE, _WATERMARK)
         and FORGET == _FORGET
+        and (fates.APPLIED, fates.REPLAYED, fates.REPEATED)
+        == (_FATE_APPLIED, _FATE_REPLAYED, _FATE_REPEATED)
     )
 
 
 if not _agrees():
-    raise AssertionError("profiles/kernel.py and profiles/schema.py disagree: bring them together")
+    raise AssertionError(
+        "profiles/compiled.py and profiles/schema.py disagree: bring them together"
+    )
 
 
 # --- what goes in and comes out ------------------------------------------------------------
@@ -150,6 +152,7 @@ class Save(NamedTuple):
     chunk: int  # users per script call
     pieces: Texts  # of a glance, see `_glance_pieces`; then script call and key parts
     labels: Texts  # category key -> JSON string
+    sources: Keys64  # of all partitions that there are today
 
 
 class Out(NamedTuple):
@@ -409,7 +412,7 @@ def _admit(x, shape, events, order, begin, end, fate):
         if events.type[i] == _FORGET or events.type[i] >= _COUNT_SLOTS:
             return LEFT
         if not _is_new(x, events.source[i], events.offset[i]):
-            fate[i] = REPLAYED
+            fate[i] = _FATE_REPLAYED
             continue
         touched = True
         key = events.event[i]
@@ -419,11 +422,11 @@ def _admit(x, shape, events, order, begin, end, fate):
                 if x.su[s] == key:
                     repeated = True
             if repeated:
-                fate[i] = REPEATED
+                fate[i] = _FATE_REPEATED
                 continue
         if events.weight[i] != 0.0 and not events.resolved[i]:
             return LEFT
-        fate[i] = APPLIED
+        fate[i] = _FATE_APPLIED
         x.applied[n[_APPLIED]] = i
         n[_APPLIED] += 1
         if key != 0 and shape.seen > 0:
@@ -725,6 +728,18 @@ def _write(x, shape, users, u, save, out, at, exact):
     return _line_end(to, _copy(to, at, out.glance, 0, digits))
 
 
+@inner
+def _of_today(x, sources):
+    """How many partitions that there are today the watermark knows; it keeps those of topics that
+    were deleted."""
+    found = 0
+    for i in range(x.n[_F]):
+        for source in sources:
+            if source == x.fu[3 + 2 * i]:
+                found += 1
+    return found
+
+
 @inlined
 def _fold_user(x, shape, users, u, events, order, begin, end, save, out, at, exact):
     """Its status, and where its arguments end."""
@@ -744,7 +759,7 @@ def _fold_user(x, shape, users, u, events, order, begin, end, save, out, at, exa
     if stop < 0:
         return LEFT, at
     gained = x.n[_F] > 1 and x.n[_F] > x.n[_F_BEFORE]
-    return (SPLIT if gained else WRITTEN), stop
+    return (SPLIT if gained and _of_today(x, save.sources) > 1 else WRITTEN), stop
 
 
 # --- all of them ---------------------------------------------------------------------------

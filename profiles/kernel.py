@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,7 @@ from numpy.typing import NDArray
 from . import compiled, schema
 from .arithmetic import RENEW_SHARE, EventColumns, Layout, blank_header
 from .compiled import (
-    APPLIED,
     LEFT,
-    REPEATED,
-    REPLAYED,
     SPLIT,
     TOP,
     UNKNOWN,
@@ -70,11 +67,15 @@ class Folded:
     def __init__(self, payload: memoryview, out: Out, row: Ints, chunk: int) -> None:
         self.payload = payload
         """Commands for Redis; valid until this thread folds again."""
-        self._out, self._row = out, row
+        self._row = row
         self.written: Ints = np.flatnonzero(out.status >= WRITTEN)
         """Users who are saved by the payload, in its order."""
         self.left: Ints = np.flatnonzero(out.status == LEFT)
         """Users about whom nothing was done."""
+        self.split: Ints = np.flatnonzero(out.status == SPLIT)
+        """Users who have events on a further partition by this."""
+        self.fate = out.fate
+        """(m,) of events, see `fates`; 0 for those of users who are left or not among the n."""
         self.calls = -(-len(self.written) // chunk)
         """Commands in the payload, and replies to them."""
         self._at = (out.state_at.tolist(), out.fence_at.tolist())
@@ -84,18 +85,9 @@ class Folded:
         (a, b), (c, d) = self._at[0][user], self._at[1][user]
         return bytes(self.payload[a:b]), bytes(self.payload[c:d])
 
-    def give_up(self, users: Ints) -> None:
-        """These were not saved."""
-        if len(users):
-            self._out.status[users] = LEFT
-            self._out.fate[np.isin(self._row, users)] = 0
-            self.written = np.flatnonzero(self._out.status >= WRITTEN)
-
-    def count(self) -> tuple[int, int, int, int]:
-        """Users who are split over partitions now; events applied, replayed, repeated."""
-        fates = np.bincount(self._out.fate, minlength=4).tolist()
-        split = int((self._out.status == SPLIT).sum())
-        return split, fates[APPLIED], fates[REPLAYED], fates[REPEATED]
+    def events_of(self, users: Ints) -> Ints:
+        """The positions of their events."""
+        return np.flatnonzero(np.isin(self._row, users))
 
 
 class Kernel:
@@ -133,20 +125,22 @@ class Kernel:
         writer: int,
         now_s: float,
         names_of: NamesOf,
+        sources: Collection[int],
     ) -> Folded:
         """Fold what happened to n users, who are rows `first`, … of the events, into their stored
         (state, fence), b"" where there is none, and write the saves. names_of: category keys ->
-        the names that are known."""
+        the names that are known. sources: of all partitions that there are today."""
         states, fences = [state for state, _ in rows], [fence for _, fence in rows]
         users = Users(
             *_joined(states), *_joined(fences), *_joined([user_id.encode() for user_id in ids])
         )
         columns = _columns(events)
+        today = np.fromiter(sources, np.uint64, len(sources))
         while True:
             labels = self._labels  # read once: another thread may find further names
             save = Save(
                 first, np.uint64(space), np.uint64(writer), float(now_s), self._ttl_s,
-                RENEW_SHARE, self._chunk, self._pieces, labels.texts,
+                RENEW_SHARE, self._chunk, self._pieces, labels.texts, today,
             )  # fmt: skip
             out = self._out(users, len(columns.row), labels.longest)
             length = compiled.fold(self._shape, users, columns, save, out)
@@ -163,7 +157,7 @@ class Kernel:
         """Compile the kernel, or load what was compiled before."""
         nobody: dict[str, Any] = {name: np.zeros(0, dtype) for name, dtype in _COLUMNS.items()}
         nobody["vector"] = np.zeros((0, self._shape.dimensions), np.float32)
-        self.fold([], [], EventColumns(**nobody), 0, 0, 0, 0.0, lambda keys: {})
+        self.fold([], [], EventColumns(**nobody), 0, 0, 0, 0.0, lambda keys: {}, ())
 
     def _out(self, users: Users, m: int, longest: int) -> Out:
         """Room for what may come of these users."""

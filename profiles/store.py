@@ -11,17 +11,20 @@ It does not know events, topics or encoders.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from . import arithmetic, schema
 from .arithmetic import EventColumns, Layout, Profiles
 from .cache import ProfileCache, Row
 from .connection import address, redis_errors
 from .errors import LayoutMismatch, SchemaTooNew, StateCorrupt
+from .fates import Fates
 from .scripts import run_script, script_sha
 
 if TYPE_CHECKING:
@@ -39,13 +42,9 @@ _CHUNK: Final = 256
 class FoldedHere:
     """What became of n users and their events in `ProfileStore.fold`."""
 
-    again: list[int]  # users to be folded the general way, from a load on; nothing of them counts
+    again: list[int]  # users to be folded the general way, from a load on
     refused: int  # how many of these are there because another writer overtook this one
     saved: int  # users
-    split: int  # saved users who have events on a further partition than before
-    applied: int  # events
-    replayed: int
-    repeated: int
 
 
 class ProfileStore:
@@ -126,23 +125,32 @@ class ProfileStore:
         space: int,
         names_of: NamesOf,
         now_s: float,
+        fates: Fates,
+        sources: Collection[int],
     ) -> FoldedHere:
         """Load, fold and save n users, no user twice, who are rows `first`, … of the events: in
         one go for those about whom nothing is out of the ordinary.
 
-        names_of: category keys -> the names that are known. Raises RedisUnavailable; then any
-        part may be saved, and loading again tells which.
+        names_of: category keys -> the names that are known. fates: of the events. sources: of all
+        partitions that there are today. Raises RedisUnavailable; then any part may be saved, and
+        folding again tells which.
         """
         rows = self._rows(user_ids)
         writer = next(self._writers) % (1 << 64)
-        folded = self._kernel.fold(user_ids, rows, events, first, space, writer, now_s, names_of)
+        folded = self._kernel.fold(
+            user_ids, rows, events, first, space, writer, now_s, names_of, sources
+        )
+        at = np.flatnonzero(folded.fate)
+        fates.folded(at, folded.fate[at], [user_ids[i] for i in folded.split.tolist()])
         replies = self._send(folded.payload, folded.calls)
         refused = folded.written[_refused(replies)]
-        folded.give_up(refused)
-        self._cache.put((user_ids[i], folded.row(i)) for i in folded.written.tolist())
+        if len(refused):
+            at = folded.events_of(refused)
+            fates.refused(at, folded.fate[at], [user_ids[i] for i in refused.tolist()])
+        saved = np.setdiff1d(folded.written, refused).tolist()
+        self._cache.put((user_ids[i], folded.row(i)) for i in saved)
         self._cache.put((user_ids[i], rows[i]) for i in folded.left.tolist())
-        again = [*folded.left.tolist(), *refused.tolist()]
-        return FoldedHere(again, len(refused), len(folded.written), *folded.count())
+        return FoldedHere([*folded.left.tolist(), *refused.tolist()], len(refused), len(saved))
 
     def _refuse_by_name(self, key: str, state: bytes | None, fence: bytes | None) -> None:
         try:

@@ -34,7 +34,7 @@ from .errors import UserError
 from .group_protocol import choose_protocol
 from .offsets import OffsetTracker, TopicPartition
 from .settings import Settings
-from .topics import topic_ids
+from .topics import partition_counts, topic_ids
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,8 @@ class MicroBatch:
     """What the agent takes at a time: at most one slice per partition."""
 
     slices: tuple[Slice, ...]
+    sources: frozenset[int] = frozenset()
+    """Of all partitions that its topics have today: what is missing is of a deleted topic."""
 
     @property
     def records(self) -> int:
@@ -151,6 +153,7 @@ class Intake(Service):  # type: ignore[misc]
         self._next_look_s = 0.0
         self._protocol = ""
         self._topic_ids: dict[str, str | None] = {}
+        self._sources: dict[str, frozenset[int]] = {}  # of each topic's partitions
         self._next_offset: dict[TopicPartition, int] = {}  # of assigned partitions, once read from
         self._jumped_from: dict[TopicPartition, int] = {}  # offsets where some were missing
         self._held_s = time.monotonic()  # when a partition was last held; 0 once that was told
@@ -193,7 +196,7 @@ class Intake(Service):  # type: ignore[misc]
                     self._tracker.begun(partition, piece.next_offset)
                     current.append(piece)
         metrics.SLICES_STALE.inc(len(batch.slices) - len(current))
-        return MicroBatch(tuple(current))
+        return MicroBatch(tuple(current), batch.sources)
 
     def done(self, begun: MicroBatch) -> None:
         """All that `begin` returned is saved. Any thread."""
@@ -283,7 +286,9 @@ class Intake(Service):  # type: ignore[misc]
                 break
             if left_s <= 0 and not (slices and left_s > -_GROW_S and self._updater_is_busy()):
                 break
-        return MicroBatch(tuple(slices.values())) if slices else None
+        if not slices:
+            return None
+        return MicroBatch(tuple(slices.values()), frozenset().union(*self._sources.values()))
 
     def _updater_is_busy(self) -> bool:
         with self._changed:
@@ -476,9 +481,11 @@ class Intake(Service):  # type: ignore[misc]
     def _starting_points(self, consumer: kafka.Consumer, partitions: list[Any]) -> list[Any]:
         """The partitions with the offsets to start at. The topics' ids are learned anew: a topic
         may have been made again, and then the offset that is committed is of the old one."""
-        ids = self._ask_topic_ids(sorted({p.topic for p in partitions}))
+        topics = sorted({p.topic for p in partitions})
+        ids = self._ask_topic_ids(topics)
+        counts = self._ask(lambda: partition_counts(self._admin, topics, _ANSWER_S))
         committed = self._ask(lambda: consumer.committed(partitions, timeout=_ANSWER_S))
-        if ids is None or committed is None:
+        if ids is None or counts is None or committed is None:
             return partitions  # stopping
         self._topic_ids |= ids
         # A name stands in where brokers have no ids at all. Where they have, its events would
@@ -486,6 +493,10 @@ class Intake(Service):  # type: ignore[misc]
         unknown = [topic for topic, topic_id in ids.items() if topic_id is None]
         if unknown and any(self._topic_ids.values()):
             raise IntakeFailed(f"the brokers do not know {unknown[0]}, which they assigned")
+        self._sources |= {
+            topic: frozenset(source_key(ids[topic] or topic, p) for p in range(counts[topic]))
+            for topic in topics
+        }
         for p in committed:
             if p.metadata and p.metadata != self._topic_ids[p.topic]:
                 log.warning("%s[%d] was made again: read from its start", p.topic, p.partition)

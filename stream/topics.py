@@ -119,6 +119,14 @@ def topic_ids(
     return {name: _topic_id(future) for name, future in futures.items()}
 
 
+def partition_counts(
+    admin: AdminClient, topics: Iterable[str], timeout_s: float = 10.0
+) -> dict[str, int]:
+    """How many partitions each topic has. Raises KafkaException where one does not exist."""
+    futures = admin.describe_topics(TopicCollection(list(topics)), request_timeout=timeout_s)
+    return {name: len(future.result().partitions) for name, future in futures.items()}
+
+
 def keeps_arrival_times(admin: AdminClient, topic: str, timeout_s: float = 10.0) -> bool:
     """Whether records carry the broker's time; True where the broker does not say."""
     resource = ConfigResource(ConfigResource.Type.TOPIC, topic)

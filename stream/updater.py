@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Final
@@ -25,7 +25,8 @@ from typing import Final
 import numpy as np
 
 from profiles import arithmetic
-from profiles.arithmetic import EventColumns, Folded, Layout, Profiles
+from profiles.arithmetic import EventColumns, Ints, Layout, Profiles
+from profiles.fates import APPLIED, FORGOTTEN, REPEATED, REPLAYED, Fates
 from profiles.items import ItemStore, Origin
 from profiles.neighbours import LANES, lane_of
 from profiles.schema import ItemRecord
@@ -70,6 +71,7 @@ class TakenApart:
     oldest_ms: int  # record timestamp, for freshness
     forwarded: dict[Place, Place]  # source and offset that count -> where it was read
     epoch: int  # of the newest assignment that it was read under
+    today: frozenset[int]  # sources that there are, see MicroBatch
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,42 @@ class Prepared:
     catalogue: Catalogue  # whose vectors these are
     forwarded: dict[Place, Place]  # see TakenApart
     epoch: int
+    today: frozenset[int]
+    fates: Fates  # of the events; kept over repeats
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Users of a micro-batch, and what they did; without events, only what has been waiting is
+    folded."""
+
+    users: list[str]  # n
+    catalogue: Catalogue
+    events: EventColumns | None = None  # m
+    at: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  # (m,) in the micro-batch
+    batch: Prepared | None = None
+
+    def of(self, rows: Sequence[int]) -> _Work:
+        """Only these users, who become rows 0, 1, …"""
+        if list(rows) == list(range(len(self.users))):
+            return self
+        users = [self.users[row] for row in rows]
+        if self.events is None:
+            return replace(self, users=users)
+        new_row = np.full(len(self.users), -1)
+        new_row[list(rows)] = np.arange(len(rows))
+        picked = np.flatnonzero(new_row[self.events.row] >= 0)
+        columns = {name: column[picked] for name, column in vars(self.events).items()}
+        events = EventColumns(**{**columns, "row": new_row[columns["row"]]})
+        return replace(self, users=users, events=events, at=self.at[picked])
 
 
 @dataclass(frozen=True)
 class _Round:
     """n users of one space, folded and not yet saved."""
 
-    users: list[str]  # n
-    positions: list[int]  # n, among the users of the events
+    work: _Work
+    rows: Sequence[int]  # n, among all that were loaded
     profiles: Profiles
     touched: list[int]  # rows to save
     moved: set[int]  # rows that came from another space
@@ -195,6 +225,7 @@ class Updater:
                 min((min(s.timestamps_ms) for s in batch.slices), default=0),
                 read,
                 max((s.epoch for s in batch.slices), default=-1),
+                batch.sources,
             )
 
     def _take_events(self, piece: Slice, columns: Columns) -> list[int]:
@@ -283,6 +314,8 @@ class Updater:
                 catalogue,
                 taken.forwarded,
                 taken.epoch,
+                taken.today,
+                Fates(len(events.row)),
             )
 
     def _with_vectors(
@@ -306,7 +339,6 @@ class Updater:
             got = catalogue.resolve([keys[i] for i in at.tolist()], inline)
             vector[at], resolved[at], category[at] = got.vectors, got.found, got.categories
             told = got.told
-            metrics.EVENTS_PENDING.inc(int((~got.found).sum()))
         at = np.flatnonzero([bool(text) for text in taken.text])
         text = np.zeros(m, dtype=bool)
         if len(at):
@@ -346,6 +378,7 @@ class Updater:
             self._in_lanes(prepared)
             for item in prepared.arrived_items:
                 self._items.resolve_waiting(item, lambda users: self._resolve(users, catalogue))
+        self._report(prepared)
         if prepared.oldest_ms:
             metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
 
@@ -359,137 +392,112 @@ class Updater:
             lane.result()
 
     def _plain_parts(self, prepared: Prepared, count: int) -> list[Callable[[], None]]:
-        users, catalogue, events = prepared.users, prepared.catalogue, prepared.events
-        ends = [len(users) * part // count for part in range(count + 1)]
-        return [
-            partial(self._fold_and_save, users[begin:end], begin, catalogue, events)
-            for begin, end in pairwise(ends)
-        ]
+        ends = [len(prepared.users) * part // count for part in range(count + 1)]
+        return [partial(self._fold_and_save, prepared, begin, end) for begin, end in pairwise(ends)]
 
     def _parts_with_pairs(self, prepared: Prepared, count: int) -> list[Callable[[], None]]:
         """By shopper, so that who was in a lane stays there: pairs are counted by their order."""
-        users, catalogue, events = prepared.users, prepared.catalogue, prepared.events
+        everybody = _all_of(prepared)
         if count == 1:
-            return [partial(self._rounds, users, catalogue, events, prepared.forwarded)]
-        rows: list[list[int]] = [[] for _ in range(_LANES)]
-        for row, user in enumerate(users):
-            rows[lane_of(user)].append(row)
+            return [partial(self._rounds, everybody)]
+        lanes: list[list[int]] = [[] for _ in range(_LANES)]
+        for row, user in enumerate(prepared.users):
+            lanes[lane_of(user)].append(row)
 
         def fold(mine: list[int]) -> None:
-            ids = [users[row] for row in mine]
-            self._rounds(ids, catalogue, _of_users(events, mine), prepared.forwarded)
+            self._rounds(everybody.of(mine))
 
-        return [partial(fold, mine) for mine in rows if mine]
+        return [partial(fold, mine) for mine in lanes if mine]
 
-    def _fold_and_save(
-        self, users: Sequence[str], first: int, catalogue: Catalogue, events: EventColumns
-    ) -> None:
-        """The users are rows `first`, … of the events. The store does what is plain."""
+    def _fold_and_save(self, prepared: Prepared, begin: int, end: int) -> None:
+        """The users of these rows. The store does what is plain."""
+        catalogue = prepared.catalogue
         done = self._profiles.fold(
-            users, events, first, catalogue.space, catalogue.names_of, self._clock()
+            prepared.users[begin:end],
+            prepared.events,
+            begin,
+            catalogue.space,
+            catalogue.names_of,
+            self._clock(),
+            prepared.fates,
+            prepared.today,
         )
         metrics.SAVES.inc(done.saved)
         metrics.SAVES_REFUSED.inc(done.refused)
-        metrics.EVENTS_APPLIED.inc(done.applied)
-        metrics.EVENTS_REPLAYED.inc(done.replayed)
-        metrics.EVENTS_REPEATED.inc(done.repeated)
-        self._warn_of_split(done.split)
         if done.again:
-            of_these = _of_users(events, [first + row for row in done.again])
-            self._rounds([users[row] for row in done.again], catalogue, of_these, {})
+            self._rounds(_all_of(prepared).of([begin + row for row in done.again]))
 
-    def _rounds(
-        self,
-        users: Sequence[str],
-        catalogue: Catalogue,
-        events: EventColumns | None,
-        forwarded: Mapping[Place, Place],
-    ) -> None:
-        """Load, migrate, fold, save; those whose save was refused, again. `events` are of all
-        `users`; without them, only what has been waiting is folded."""
-        left = list(range(len(users)))
+    def _rounds(self, left: _Work) -> None:
+        """Load, migrate, fold, save; those whose save was refused, again."""
         for turn in range(_SAVE_ROUNDS):
-            if not left:
+            if not left.users:
                 return
-            ids = [users[i] for i in left]
+            loaded = self._profiles.load(left.users, anew=left.events is None)
             rounds = [
-                self._fold_round(ids, rows, left, profiles, catalogue, events, space, moved)
-                for profiles, rows, space, moved in self._migrator.bring(
-                    self._profiles.load(ids, anew=events is None), catalogue
-                )
+                self._fold_round(left.of(rows), rows, profiles, space, moved)
+                for profiles, rows, space, moved in self._migrator.bring(loaded, left.catalogue)
             ]
-            if self._pairs is not None and events is not None and turn == 0:
+            if self._pairs is not None and left.batch is not None and turn == 0:
                 # Only once: whoever is refused is folded again, but their pairs are sent.
-                self._pairs.send([each.fold for each in rounds if each.fold], forwarded)
-            left = [position for each in rounds for position in self._save_round(each, catalogue)]
+                folds = [each.fold for each in rounds if each.fold]
+                self._pairs.send(folds, left.batch.forwarded)
+            left = left.of([row for each in rounds for row in self._save_round(each)])
         raise UserError(
-            f"another writer kept overtaking this one on {len(left)} users, such as "
-            f"{users[left[0]]!r}: does a second updater write this NAMESPACE from other topics?"
+            f"another writer kept overtaking this one on {len(left.users)} users, such as "
+            f"{left.users[0]!r}: does a second updater write this NAMESPACE from other topics?"
         )
 
     def _fold_round(
-        self,
-        ids: Sequence[str],
-        rows: Sequence[int],
-        left: Sequence[int],
-        profiles: Profiles,
-        catalogue: Catalogue,
-        events: EventColumns | None,
-        space: int,
-        moved: set[int],
+        self, work: _Work, rows: Sequence[int], profiles: Profiles, space: int, moved: set[int]
     ) -> _Round:
         """Fold into profiles that all live in `space` or in none yet."""
-        users, positions = [ids[row] for row in rows], [left[row] for row in rows]
+        before = list(profiles.window)
         touched, fold = set(moved), None
-        if events is not None:
-            before = list(profiles.window)
-            folded, of_these = self._fold(profiles, events, positions, catalogue, space)
+        if work.events is not None and work.batch is not None:
+            events = self._expressed(work.events, work.catalogue, space)
+            folded = arithmetic.fold(profiles, events, self._layout, space)
+            today = work.batch.today
+            split = [u for row, u in enumerate(work.users) if _is_split(profiles, row, today)]
+            work.batch.fates.folded(work.at, folded.fate, split)
             touched |= set(folded.touched)
-            fold = Fold(users, before, profiles, of_these, folded)
-        touched |= self._resolve_pending(profiles, catalogue, space)
-        return _Round(users, positions, profiles, sorted(touched), moved, fold)
+            fold = Fold(work.users, before, profiles, events, folded)
+        touched |= self._resolve_pending(profiles, work.catalogue, space)
+        return _Round(work, rows, profiles, sorted(touched), moved, fold)
 
-    def _save_round(self, done: _Round, catalogue: Catalogue) -> list[int]:
-        """Save what was folded; the positions that were refused."""
-        profiles, rows = done.profiles, done.touched
-        names = catalogue.names_of(categories_of(profiles, rows))
-        refused = self._profiles.save(done.users, profiles, rows, names, self._clock())
+    def _expressed(self, events: EventColumns, catalogue: Catalogue, space: int) -> EventColumns:
+        if space == catalogue.space:
+            return events
+        items = np.where(events.text, np.uint64(0), events.item)
+        vector = self._migrator.express(items, events.vector, catalogue.space, space)
+        return replace(events, vector=vector)
+
+    def _save_round(self, done: _Round) -> list[int]:
+        """Save what was folded; which of all that were loaded were refused."""
+        work, profiles, rows = done.work, done.profiles, done.touched
+        names = work.catalogue.names_of(categories_of(profiles, rows))
+        refused = self._profiles.save(work.users, profiles, rows, names, self._clock())
         metrics.SAVES.inc(len(rows) - len(refused))
         metrics.SAVES_REFUSED.inc(len(refused))
         metrics.PROFILES_MIGRATED.labels("touch").inc(len(done.moved - set(refused)))
-        if done.fold is not None:
-            self._report(done.fold.events, done.fold.folded, refused)
-        self._wait_for_items(done.users, profiles, catalogue)
-        return [done.positions[row] for row in refused]
+        if refused and done.fold is not None and work.batch is not None:
+            of_these = np.isin(done.fold.events.row, refused)
+            fate = done.fold.folded.fate[of_these]
+            work.batch.fates.refused(work.at[of_these], fate, [work.users[r] for r in refused])
+        self._wait_for_items(work.users, profiles, work.catalogue)
+        return [done.rows[row] for row in refused]
 
-    def _fold(
-        self,
-        profiles: Profiles,
-        events: EventColumns,
-        rows: Sequence[int],
-        catalogue: Catalogue,
-        space: int,
-    ) -> tuple[Folded, EventColumns]:
-        """What was folded, of which of the events."""
-        if len(rows) != int(events.row.max(initial=-1)) + 1:
-            events = _of_users(events, rows)
-        if space != catalogue.space:
-            items = np.where(events.text, np.uint64(0), events.item)
-            vector = self._migrator.express(items, events.vector, catalogue.space, space)
-            events = replace(events, vector=vector)
-        folded = arithmetic.fold(profiles, events, self._layout, space)
-        self._warn_of_split(sum(_gained_partition(profiles, row) for row in folded.touched))
-        return folded, events
+    def _report(self, prepared: Prepared) -> None:
+        """Once per micro-batch, when all of it is saved."""
+        fates, events = prepared.fates, prepared.events
+        applied = fates.are(APPLIED)
+        metrics.EVENTS_APPLIED.inc(int(applied.sum()))
+        metrics.EVENTS_PENDING.inc(int((applied & ~events.resolved & (events.weight != 0)).sum()))
+        metrics.EVENTS_REPLAYED.inc(int(fates.are(REPLAYED).sum()))
+        metrics.EVENTS_REPEATED.inc(int(fates.are(REPEATED).sum()))
+        metrics.USERS_FORGOTTEN.inc(int(fates.are(FORGOTTEN).sum()))
+        self._report_split(fates.split())
 
-    def _report(self, events: EventColumns, folded: Folded, refused: Sequence[int]) -> None:
-        """What was not saved is folded again, and counts then."""
-        saved = ~np.isin(events.row[folded.applied], refused)
-        metrics.EVENTS_APPLIED.inc(int(saved.sum()))
-        metrics.EVENTS_REPLAYED.inc(folded.replayed)
-        metrics.EVENTS_REPEATED.inc(folded.repeated)
-        metrics.USERS_FORGOTTEN.inc(folded.forgotten)
-
-    def _warn_of_split(self, split: int) -> None:
+    def _report_split(self, split: int) -> None:
         if split:
             metrics.USERS_SPLIT.inc(split)
             if not self._told_split and self._forwarder is None:
@@ -503,7 +511,7 @@ class Updater:
 
     def _resolve(self, users: list[str], catalogue: Catalogue) -> None:
         """Fold what these users' pending events can now contribute."""
-        self._rounds(users, catalogue, None, {})
+        self._rounds(_Work(users, catalogue))
 
     def _resolve_pending(self, profiles: Profiles, catalogue: Catalogue, space: int) -> set[int]:
         waiting = arithmetic.pending_items(profiles)
@@ -535,24 +543,22 @@ class Updater:
             self._resolve([users[row] for row in waiting], catalogue)
 
 
-def _gained_partition(profiles: Profiles, row: int) -> bool:
-    """Whether this fold brought a user events of a further partition than the ones before. True
-    once more after a topic was made again: whose partitions the earlier ones are is not known
-    here, and a worker that still holds records of the former topic must find its watermarks."""
-    sources = len(profiles.watermarks[row])
-    if sources < 2:
+def _all_of(prepared: Prepared) -> _Work:
+    events = prepared.events
+    at = np.arange(len(events.row))
+    return _Work(prepared.users, prepared.catalogue, events, at, prepared)
+
+
+def _is_split(profiles: Profiles, row: int, today: Collection[int]) -> bool:
+    """Whether this fold brought a user events of a further partition than the ones before. Those of
+    a topic that was deleted do not count, though the watermark keeps them: a worker that still
+    holds records of it must find them there."""
+    sources = profiles.watermarks[row]
+    if len(sources) < 2:
         return False
     fence = profiles.fences[row]
-    return sources > (len(arithmetic.read_fence(fence)[3]) if fence else 0)
-
-
-def _of_users(events: EventColumns, rows: Sequence[int]) -> EventColumns:
-    """The events of some users, who become rows 0, 1, …"""
-    new_row = np.full(int(events.row.max()) + 1, -1)
-    new_row[list(rows)] = np.arange(len(rows))
-    at = np.flatnonzero(new_row[events.row] >= 0)
-    picked = {name: column[at] for name, column in vars(events).items()}
-    return EventColumns(**{**picked, "row": new_row[events.row[at]]})
+    gained = len(sources) > (len(arithmetic.read_fence(fence)[3]) if fence else 0)
+    return gained and sum(source in today for source in sources) > 1
 
 
 def _record(item: ev.Item) -> ItemRecord:

@@ -23,6 +23,7 @@ from profiles import (
     arithmetic,
 )
 from profiles.arithmetic import Layout, Profiles
+from profiles.fates import Fates
 from profiles.schema import Keys
 from profiles.schema_doc import writer_acl
 from profiles.store import ProfileStore
@@ -103,7 +104,10 @@ def fold_generally(store: ProfileStore, events: Sequence[Event], now_s: float = 
 def fold_here(store: ProfileStore, events: Sequence[Event], now_s: float = NOW_S) -> None:
     """What an updater does with a micro-batch: all at once; the general way for who is left."""
     users = sorted({event.user_id for event in events})
-    done = store.fold(users, columns(events, users), 0, SPACE, lambda keys: CATEGORY_NAMES, now_s)
+    done = store.fold(
+        users, columns(events, users), 0, SPACE, lambda keys: CATEGORY_NAMES, now_s,
+        Fates(len(events)), (),
+    )  # fmt: skip
     left = {users[i] for i in done.again}
     fold_generally(store, [event for event in events if event.user_id in left], now_s)
 

@@ -12,6 +12,7 @@ import json
 import logging
 import random
 import signal
+import socket
 import struct
 import subprocess
 import threading
@@ -26,10 +27,11 @@ import numpy as np
 import pytest
 import redis
 from confluent_kafka import Producer
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 
 from model.releases import Release
 from profiles import Profile, ProfileReader, RedisUnavailable
-from profiles.schema import SAVE_SCRIPT, key64
+from profiles.schema import SAVE_SCRIPT, key64, source_key
 from stream import dead_letter, metrics
 from stream.dead_letter import TooManyRejects
 from stream.errors import UserError
@@ -46,7 +48,8 @@ from stream.settings import (
     Settings,
     StreamSettings,
 )
-from stream.topics import create_topics
+from stream.topics import connect, create_topics, keeps_arrival_times, topic_ids
+from stream.updater import Updater
 from stream.updater_app import find_topics
 from tests import oracle
 from tests.between import Between
@@ -63,10 +66,12 @@ from tests.integration.worker_process import (
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
+SOURCES = (7, 8)
 T_MS = 1_760_000_000_000
 DAY_MS = 86_400_000
 RULES = oracle.Rules(categories=1_000)
 NEVER = -1001
+LEAVING_S = 10.0  # for Faust and the interpreter to end, on a busy machine
 
 
 class Shop:
@@ -88,17 +93,80 @@ class Shop:
         self.producer.flush()
 
     def send_raw(
-        self, *values: bytes | None, key: bytes | None = None, bad: bool = False, **config: Any
+        self,
+        *values: bytes | None,
+        key: bytes | None = None,
+        bad: bool = False,
+        timestamp_ms: int = 0,
+        **config: Any,
     ) -> None:
         """Bytes, by a librdkafka producer that is set as `config` says (by default it places keys
-        by CRC32). `bad`: to be rejected."""
+        by CRC32). `bad`: to be rejected. timestamp_ms: of the records; 0 for now."""
         named = {name.replace("_", "."): value for name, value in config.items()}
         producer = Producer(self.settings.kafka.client_config() | {"linger.ms": 20} | named)
+        failed: list[Any] = []
         for value in values:
             headers = [("test.bad", b"")] if bad else None
-            producer.produce(self.settings.topic("events"), value, key, headers=headers)
+            producer.produce(
+                self.settings.topic("events"),
+                value,
+                key,
+                headers=headers,
+                timestamp=timestamp_ms,
+                on_delivery=lambda error, _: failed.append(error) if error else None,
+            )
             producer.poll(0)
         assert producer.flush(30) == 0
+        assert failed == []
+
+    def keep_times_of(self, clock: str) -> None:
+        """Let events carry the time of "CreateTime" or "LogAppendTime". Kafka 4 refuses what is
+        more than an hour ahead, if not told otherwise; older brokers refuse nothing."""
+        admin, _ = connect(self.settings.kafka)
+        name = self.settings.topic("events")
+        wanted = {
+            "message.timestamp.type": clock,
+            "message.timestamp.after.max.ms": str(2**63 - 1),
+        }
+        entries = [
+            ConfigEntry(option, value, incremental_operation=AlterConfigOpType.SET)
+            for option, value in wanted.items()
+        ]
+        resource = ConfigResource(ConfigResource.Type.TOPIC, name, incremental_configs=entries)
+        for future in admin.incremental_alter_configs([resource]).values():
+            future.result(30)
+        arrival = clock == "LogAppendTime"
+        eventually(clock, lambda: keeps_arrival_times(admin, name) is arrival)
+
+    def make_events_again(self) -> None:
+        """Delete the topic, and create one of the same name."""
+        admin, _ = connect(self.settings.kafka)
+        for future in admin.delete_topics([self.settings.topic("events")]).values():
+            future.result(30)
+
+        def created() -> bool:  # the old one takes its time to go
+            try:
+                return any(report.created for report in create_topics(self.settings))
+            except UserError:
+                return False
+
+        eventually("the topic is made again", created)
+
+    def batch(self, *records: Event, first: int = 0, partition: int = 0) -> MicroBatch:
+        """Events as if read from a partition of two, from the offset `first` on."""
+        n = len(records)
+        piece = Slice(
+            self.settings.topic("events"),
+            partition,
+            epoch=1,
+            source=SOURCES[partition],
+            offsets=list(range(first, first + n)),
+            keys=[None] * n,
+            values=[record.to_json() for record in records],
+            timestamps_ms=[T_MS] * n,
+            headers=[None] * n,
+        )
+        return MicroBatch((piece,), frozenset(SOURCES))
 
     def wait_folded(self) -> None:
         wait_until_folded(self.settings)
@@ -310,8 +378,34 @@ def test_awkward_but_good_input_counts_as_the_oracle_says(make_shop: MakeShop) -
         assert reader.get("back").events == 1
 
 
+@pytest.mark.parametrize("clock", ["LogAppendTime", "CreateTime"])
+def test_an_event_from_the_future_is_rejected_whoever_gives_records_their_time(
+    make_shop: MakeShop, clock: str
+) -> None:
+    shop = make_shop(max_reject_share=1.0)
+    shop.keep_times_of(clock)
+    shop.send(*ITEMS)
+    now_ms = time.time_ns() // 1_000_000
+    later = {"timestamp_ms": now_ms + DAY_MS}
+    with LocalWorker(shop.settings) as worker:
+        shop.send(_view("ann", t_ms=now_ms))
+        for more in ({}, {"title": "Wool scarf"}):  # scanned, and not
+            shop.send_raw(_view("ann", t_ms=now_ms + DAY_MS, **more).to_json(), bad=True, **later)
+        # Without a time of its own an event has its record's.
+        none = b'{"type": "view", "user_id": "bob", "item_id": "i1"}'
+        shop.send_raw(none, bad=clock == "CreateTime", **later)
+        shop.send_raw(_view("ann", t_ms=now_ms + 1).to_json(), **later)
+        shop.wait_folded()
+        assert worker.error is None
+    shop.assert_right()
+    assert shop.profile("ann").updated_ms == now_ms + 1
+    assert ("bob" in shop.profiles()) == (clock == "LogAppendTime")
+    letters = dead_letter.read(shop.settings, limit=10)
+    assert {letter.reason for letter in letters} == {"future_ts"}
+
+
 def test_ten_thousand_events_of_one_user_in_one_slice(make_shop: MakeShop) -> None:
-    shop = make_shop(batch_records=10_000, batch_deadline_ms=1_500)
+    shop = make_shop()
     shop.send(*ITEMS)
     with LocalWorker(shop.settings):  # items first: few events can wait for theirs
         shop.wait_folded()
@@ -324,19 +418,29 @@ def test_ten_thousand_events_of_one_user_in_one_slice(make_shop: MakeShop) -> No
             for i in range(10_000)
         ]
     )
-    large = _large_batches()
-    with LocalWorker(shop.settings):
-        shop.wait_folded()
+    records = Expectation(shop.settings, shop.release).records
+    topic = shop.settings.topic("events")
+    topic_id = topic_ids(connect(shop.settings.kafka)[0], [topic])[topic] or ""
+    piece = Slice(
+        topic,
+        0,
+        epoch=1,
+        source=source_key(topic_id, 0),
+        offsets=[record.offset for record in records],
+        keys=[record.key for record in records],
+        values=[record.value for record in records],
+        timestamps_ms=[record.timestamp_ms for record in records],
+        headers=[None] * len(records),
+    )
+    assert len(piece.offsets) == 10_000
+    _fold(LocalWorker(shop.settings).updater, MicroBatch((piece,)))
     shop.assert_right()
     assert shop.profile("busy").counts["view"] == 10_000  # 9,900 later an id is long forgotten
-    assert _large_batches() > large
 
 
-def _large_batches() -> float:
-    """Micro-batches of more than 4,096 records so far."""
-    samples = next(iter(metrics.BATCH_RECORDS.collect())).samples
-    up_to = {sample.labels["le"]: sample.value for sample in samples if "le" in sample.labels}
-    return float(up_to["+Inf"] - up_to["4096.0"])
+def _fold(updater: Updater, batch: MicroBatch) -> None:
+    """As the pipeline does."""
+    updater.apply(updater.prepare(updater.take_apart(batch)))
 
 
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
@@ -358,13 +462,14 @@ def test_a_flood_of_rejects_stops_the_worker_with_the_commonest_reason(
     shop.send_raw(*[_view(f"u{i}").to_json() for i in range(20)])
     with LocalWorker(shop.settings) as worker:
         shop.wait_folded()
-        before = shop.committed()
-        shop.send_raw(*[b"{"] * 10, *[b'{"type": "view", "item_id": "i1"}'] * 60, bad=True)
+        assert worker.error is None
+    shop.send_raw(*[b"{"] * 10, *[b'{"type": "view", "item_id": "i1"}'] * 60, bad=True)
+    with LocalWorker(shop.settings) as worker:
         error = worker.wait_failed()
     assert isinstance(error, TooManyRejects)
     assert "missing:user_id" in str(error)
     assert "penchant dlq show" in str(error)
-    assert shop.committed() >= before
+    assert 20 <= shop.committed() < 20 + 50  # not what made the window full
 
 
 # --- items ---------------------------------------------------------------------------------
@@ -595,6 +700,27 @@ def test_users_on_two_partitions_have_right_profiles(
         assert 1 <= len(told) <= 2  # once per worker
 
 
+def test_a_topic_that_was_made_again_makes_nobody_a_user_on_two_partitions(
+    make_shop: MakeShop, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = make_shop(2)
+    shop.send(*ITEMS)
+    split = _total(metrics.USERS_SPLIT)
+    users = [f"u{i}" for i in range(8)]
+    for turn in range(2):
+        if turn:
+            shop.make_events_again()
+        with caplog.at_level(logging.WARNING, "stream.updater"), LocalWorker(shop.settings):
+            shop.send(*[_view(user, "i1", T_MS + turn) for user in users])
+            shop.send(_view("waits", "i9", T_MS + turn))  # which is folded the general way
+            shop.wait_folded()
+    for user in [*users, "waits"]:
+        profile = shop.profile(user)
+        assert (profile.events, len(profile.watermark)) == (2, 2)
+    assert _total(metrics.USERS_SPLIT) == split
+    assert "two partitions" not in caplog.text
+
+
 def test_who_waits_for_a_text_is_found_by_a_worker_with_an_old_copy_of_them(
     make_shop: MakeShop,
 ) -> None:
@@ -604,11 +730,7 @@ def test_who_waits_for_a_text_is_found_by_a_worker_with_an_old_copy_of_them(
     with LocalWorker(shop.settings):
         shop.wait_folded()
         other = LocalWorker(shop.settings).updater
-        later = _view("u", "i9", T_MS + 1).to_json()
-        piece = Slice(
-            shop.settings.topic("events"), 0, 1, 7, [0], [b"u"], [later], [T_MS + 1], [None]
-        )
-        other.apply(other.prepare(other.take_apart(MicroBatch((piece,)))))
+        _fold(other, shop.batch(_view("u", "i9", T_MS + 1)))
         assert shop.profile("u").pending == 1
         shop.send(_item("i9", "Copper kettle"))
         shop.wait_folded()
@@ -659,6 +781,117 @@ def test_replies_that_get_lost_change_nothing(make_shop: MakeShop, redis_url: st
     assert wire.replies_lost == 26
     shop.assert_right()
     wire.close()
+
+
+def _counted() -> dict[str, float]:
+    return {
+        "applied": _total(metrics.EVENTS_APPLIED),
+        "replayed": _total(metrics.EVENTS_REPLAYED),
+        "repeated": _total(metrics.EVENTS_REPEATED),
+        "pending": _total(metrics.EVENTS_PENDING),
+        "forgotten": _total(metrics.USERS_FORGOTTEN),
+        "split": _total(metrics.USERS_SPLIT),
+    }
+
+
+def _more(before: dict[str, float]) -> dict[str, float]:
+    return {name: value - before[name] for name, value in _counted().items()}
+
+
+def _events_of_all_sorts(users: int) -> list[Event]:
+    """Per user: two views, the second once more, and one of an item without a text; of the last
+    user a `forget` and a view."""
+    events: list[Event] = []
+    for i in range(users):
+        again = _view(f"u{i}", "i2", T_MS + 1, event_id="twice")
+        events += [_view(f"u{i}"), again, again]
+    events += [_view(f"u{i}", "i9", T_MS + 2) for i in range(0, users, 2)]
+    return [*events, Forget(user_id=f"u{users - 1}", ts=T_MS + 3), _view(f"u{users - 1}")]
+
+
+class _Outage(Between):
+    """Armed, it lets some saves through, loses the reply to the last, and then is away."""
+
+    def __init__(self, upstream: int) -> None:
+        super().__init__(upstream, on_request=self._watch)
+        self.saves_left = -1  # < 0: not armed
+        self.away = False
+
+    def _watch(self, request: bytes) -> bytes:
+        if SAVES in request and self.saves_left >= 0:
+            if self.saves_left == 0:
+                self.lose_reply = self.away = True
+            self.saves_left -= 1
+        return request
+
+    def _serve(self, client: socket.socket) -> None:
+        with client:
+            if not self.away:
+                super()._serve(client)
+
+
+@pytest.mark.parametrize("saves", [0, 1, 2])
+def test_what_a_save_with_a_lost_reply_did_is_counted_once_and_as_what_it_was(
+    make_shop: MakeShop, redis_url: str, saves: int
+) -> None:
+    wire = _Outage(_port(redis_url))
+    shop = make_shop(2, url=_through(redis_url, wire))
+    updater = LocalWorker(shop.settings).updater
+    shop.send(*ITEMS)
+    with LocalWorker(shop.settings):
+        shop.wait_folded()
+    users = 700  # enough for two lanes
+    events = _events_of_all_sorts(users)
+    _fold(updater, shop.batch(*[_view(f"u{i}") for i in range(users)], partition=1))
+    before = _counted()
+    prepared = updater.prepare(updater.take_apart(shop.batch(*events)))
+    wire.saves_left = saves
+    with pytest.raises(RedisUnavailable):
+        updater.apply(prepared)
+    assert wire.replies_lost == 1
+    wire.away = False
+    updater.apply(prepared)
+    # The last user's first events were erased, and changed no profile.
+    assert _more(before) == {
+        "applied": 2 * (users - 1) + users // 2 + 1,
+        "replayed": 0,
+        "repeated": users,
+        "pending": users // 2,
+        "forgotten": 1,
+        "split": users,
+    }
+    again = _counted()
+    _fold(updater, shop.batch(*events))
+    assert _more(again) == dict.fromkeys(again, 0) | {"replayed": len(events)}
+    wire.close()
+
+
+def test_what_is_folded_anew_after_a_refusal_is_counted_once(make_shop: MakeShop) -> None:
+    shop = make_shop(2)
+    shop.send(*ITEMS)
+    with LocalWorker(shop.settings):
+        shop.wait_folded()
+    first, second = (LocalWorker(shop.settings).updater for _ in range(2))
+    users = 20
+    events = _events_of_all_sorts(users)
+    _fold(first, shop.batch(*[_view(f"u{i}", "i3") for i in range(users)]))
+    refused = _total(metrics.SAVES_REFUSED)
+    before = _counted()
+    _fold(second, shop.batch(*[_view(f"u{i}", "i3") for i in range(users)], partition=1))
+    assert _more(before)["split"] == users
+    before = _counted()
+    # From copies that the second has overtaken; the first of each were folded before.
+    old = [_view(f"u{i}", "i3") for i in range(users)]
+    _fold(first, shop.batch(*old, *events))
+    assert _total(metrics.SAVES_REFUSED) - refused >= users
+    assert _more(before) == {
+        "applied": 2 * (users - 1) + users // 2 + 1,
+        "replayed": users,
+        "repeated": users,
+        "pending": users // 2,
+        "forgotten": 1,
+        "split": 0,
+    }
 
 
 class _Gate:
@@ -843,7 +1076,7 @@ def test_a_signal_drains_what_is_begun_commits_it_and_leaves(
         shop.wait_folded()
     assert _total(metrics.EVENTS_REPLAYED) == replayed
     shop.assert_right()
-    print(f"\nSIGTERM with a backlog: gone after {took_s:.1f} s")
+    assert took_s <= shop.settings.stream.drain_s + LEAVING_S
 
 
 def test_with_a_save_that_hangs_a_second_signal_ends_the_process_at_once(

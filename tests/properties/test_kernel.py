@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from profiles import arithmetic, schema
 from profiles.arithmetic import Layout
+from profiles.fates import APPLIED
 from profiles.kernel import Folded, Kernel
 from tests.oracle import Event
 from tests.profile_events import (
@@ -39,12 +40,15 @@ def kernel(layout: Layout = LAYOUT) -> Kernel:
 
 
 def fold(
-    rows: dict[str, Row], events: Sequence[Event], layout: Layout = LAYOUT
+    rows: dict[str, Row],
+    events: Sequence[Event],
+    layout: Layout = LAYOUT,
+    sources: Sequence[int] = SOURCES,
 ) -> tuple[list[str], Folded]:
     users = sorted({event.user_id for event in events})
     stored = [rows.get(user, (b"", b"")) for user in users]
     folded = kernel(layout).fold(
-        users, stored, columns(events, users), 0, SPACE, WRITER, NOW_S, _known
+        users, stored, columns(events, users), 0, SPACE, WRITER, NOW_S, _known, sources
     )
     return users, folded
 
@@ -104,7 +108,8 @@ def assert_same(rows: dict[str, Row], events: Sequence[Event], layout: Layout = 
     want, five = reference(rows, users, here, layout)
     written = [users[i] for i in folded.written.tolist()]
     assert [users[i] for i in want.touched] == written
-    assert folded.count()[1:] == (len(want.applied), want.replayed, want.repeated)
+    fate = [f for f, event in zip(folded.fate, events, strict=True) if event.user_id not in left]
+    assert fate == want.fate.tolist()
     got = commands(bytes(folded.payload))
     assert len(got) == folded.calls
     keys, arguments = [], []
@@ -206,7 +211,26 @@ def test_what_is_rare_is_left_with_nothing_done() -> None:
     users, folded = fold({}, [forget, unknown, plain])
     assert [users[i] for i in folded.left.tolist()] == ["a", "b"]
     assert [users[i] for i in folded.written.tolist()] == ["c"]
-    assert folded.count() == (0, 1, 0, 0)
+    assert folded.fate.tolist() == [0, 0, APPLIED]
+
+
+def test_a_user_is_split_once_and_over_partitions_of_today_only() -> None:
+    def on(partition: int, offset: int) -> Event:
+        return replace(in_topic([item_event(0)])[0], source=SOURCES[partition], offset=offset)
+
+    def split(event: Event, today: Sequence[int]) -> list[int]:
+        _, folded = fold(rows, [event], sources=today)
+        rows[event.user_id] = folded.row(0)
+        return folded.split.tolist()
+
+    rows: dict[str, Row] = {}
+    assert split(on(0, 0), SOURCES[:2]) == []
+    assert split(on(1, 0), SOURCES[:2]) == [0]
+    assert split(on(0, 1), SOURCES[:2]) == []
+    rows.clear()
+    assert split(on(0, 0), SOURCES[:1]) == []
+    assert split(on(1, 0), SOURCES[1:]) == []  # the topic was made again
+    assert split(on(2, 0), SOURCES[1:]) == [0]
 
 
 def test_a_category_without_a_name_is_shown_by_its_key() -> None:
