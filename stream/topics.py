@@ -101,7 +101,7 @@ def create_topics(settings: Settings, patience_s: float = 10.0) -> list[TopicRep
     if missing:
         created = _create(admin, missing, patience_s)
         metadata = _metadata_showing(admin, missing, deadline)
-    configs = _configs(admin, plans, patience_s)
+    configs = _configs(admin, plans, deadline)
     return [
         _report(plan, metadata.topics[plan.name], configs[plan.name], plan.name in created)
         for plan in plans
@@ -230,21 +230,34 @@ def _has_leaders(topic: Any) -> bool:
 
 
 def _configs(
-    admin: AdminClient, plans: list[TopicPlan], timeout_s: float
+    admin: AdminClient, plans: Iterable[TopicPlan], deadline: float
 ) -> dict[str, dict[str, str]]:
-    resources = {ConfigResource(ConfigResource.Type.TOPIC, plan.name): plan for plan in plans}
-    futures = admin.describe_configs(list(resources), request_timeout=timeout_s)
-    configs = {}
-    for resource, future in futures.items():
-        plan = resources[resource]
-        try:
-            entries = future.result()
-        except KafkaException as error:
-            raise UserError(
-                f"The brokers do not show the options of topic {plan.name}: "
-                f"{error.args[0].str()}; give this user DescribeConfigs"
-            ) from error
-        configs[plan.name] = {key: entries[key].value for key in plan.config if key in entries}
+    """Topic -> its options, as soon as a broker knows it: the one that answers may learn of a new
+    topic later than the one that made it."""
+    configs: dict[str, dict[str, str]] = {}
+    missing = {plan.name: plan for plan in plans}
+    while missing:
+        resources = {ConfigResource(ConfigResource.Type.TOPIC, name): name for name in missing}
+        timeout_s = max(1.0, deadline - time.monotonic())
+        for resource, future in admin.describe_configs(
+            list(resources), request_timeout=timeout_s
+        ).items():
+            name = resources[resource]
+            try:
+                entries = future.result()
+            except KafkaException as error:
+                reason: KafkaError = error.args[0]
+                unknown = reason.code() == KafkaError.UNKNOWN_TOPIC_OR_PART
+                if unknown and time.monotonic() < deadline:
+                    continue
+                raise UserError(
+                    f"The brokers do not show the options of topic {name}: {reason.str()}; "
+                    "give this user DescribeConfigs"
+                ) from error
+            plan = missing.pop(name)
+            configs[name] = {key: entries[key].value for key in plan.config if key in entries}
+        if missing:
+            time.sleep(0.05)
     return configs
 
 
