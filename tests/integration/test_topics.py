@@ -22,6 +22,7 @@ from stream.topics import (
     planned_topics,
     topic_ids,
 )
+from tests.integration.worker_process import eventually
 
 PATIENCE_S = 10.0
 
@@ -140,6 +141,8 @@ def test_a_topic_made_again_has_another_id(bootstrap: str, namespace: str) -> No
         assert ids == topic_ids(admin, [name, missing])
         seen.append(ids[name])
         admin.delete_topics([name])[name].result()
+        # It is told later than it is done.
+        eventually("the topic is gone", lambda: name not in admin.list_topics(timeout=10).topics)
     assert None not in seen
     assert all(before != after for before, after in pairwise(seen))
 
