@@ -123,7 +123,7 @@ def _packed(
 ) -> Folded:
     """The saves of these users after one more event each, as commands to Redis."""
     folded = store._kernel.fold(
-        users, rows, events, 0, space, int(events.offset[0]), time.time(), lambda keys: {}
+        users, rows, events, 0, space, int(events.offset[0]), time.time(), lambda keys: {}, {1}
     )
     folded.payload = memoryview(bytes(folded.payload))  # the other lanes' go into the same buffer
     return folded
