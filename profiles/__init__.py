@@ -15,6 +15,7 @@ from .errors import (
     SpaceMismatch,
     StateCorrupt,
 )
+from .outlook import Outlook
 from .reader import AsyncProfileReader, Interest, NearestItem, ProfileReader
 from .recommend import Recommendation
 
@@ -24,6 +25,7 @@ __all__ = [
     "Interest",
     "LayoutMismatch",
     "NearestItem",
+    "Outlook",
     "Profile",
     "ProfileNotFound",
     "ProfileReader",

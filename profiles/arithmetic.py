@@ -21,7 +21,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from . import schema
 from .errors import LayoutMismatch, SchemaTooNew, SpaceMismatch, StateCorrupt
 from .fates import APPLIED, ERASED, FORGOTTEN, REPEATED, REPLAYED
+from .outlook import Outlook
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -127,6 +128,7 @@ class Profiles:
     pending: list[bytes]  # WINDOW_ENTRY whose item has no vector yet, in arrival order
     watermarks: list[dict[int, int]]  # source key -> next offset
     fences: list[bytes]  # as loaded; b"" = none
+    erased: set[int] = field(default_factory=set)  # rows that a `forget` emptied since
 
     def __len__(self) -> int:
         return len(self.header)
@@ -143,6 +145,7 @@ def take(profiles: Profiles, rows: Sequence[int]) -> Profiles:
         [profiles.pending[r] for r in rows],
         [profiles.watermarks[r] for r in rows],
         [profiles.fences[r] for r in rows],
+        {i for i, r in enumerate(rows) if r in profiles.erased},
     )
 
 
@@ -363,6 +366,7 @@ def _erase(profiles: Profiles, row: int, layout: Layout) -> None:
     profiles.header[row] = blank_header(layout)[0]
     for part in (profiles.window, profiles.seen, profiles.categories, profiles.pending):
         part[row] = b""
+    profiles.erased.add(row)
 
 
 def _append_windows(
@@ -703,6 +707,7 @@ def _copy(profiles: Profiles) -> Profiles:
         list(profiles.pending),
         [dict(w) for w in profiles.watermarks],
         list(profiles.fences),
+        set(profiles.erased),
     )
 
 
@@ -731,6 +736,7 @@ class Profile:
     pending: int  # events waiting for their item's text
     pending_lost: int  # events given up, because too many were waiting
     watermark: dict[int, int]  # source key -> next offset
+    outlook: Outlook | None = None  # what may come next; None: not computed (yet)
 
     @property
     def dimensions(self) -> int:

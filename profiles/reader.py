@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import arithmetic, recommend, schema
+from . import arithmetic, outlook, recommend, schema
 from .arithmetic import Floats, Profile
 from .connection import Connection, address, knows_command, redis_errors
 from .errors import ProfileNotFound, SpaceMismatch
 from .items import BUCKETS
+from .outlook import Outlook
 from .recommend import Recommendation
 from .schema import ItemRecord, read_record
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 _MATRIX_AGE_S: Final = 60.0  # how long an item matrix loaded for brute force is used
 _SCAN_PAGE: Final = 1_000
-_FIELDS: Final = (schema.STATE, schema.FENCE)
+_FIELDS: Final = (schema.STATE, schema.FENCE, schema.NEXT, schema.HEADS)
 
 T = TypeVar("T")
 Command: TypeAlias = tuple[Any, ...]
@@ -88,13 +89,15 @@ def _matrix(buckets: Sequence[Mapping[bytes, bytes]]) -> _ItemMatrix:
 
 
 def _found(user_id: str, reply: Sequence[bytes | None]) -> Profile:
-    state, fence = reply
+    state, fence, next_, heads = reply
     if state is None:
         raise ProfileNotFound(f"no profile of user {user_id!r}: never seen, expired or erased")
     profile = arithmetic.decode(user_id, state, fence or b"")
     if profile.events == 0:  # what `forget` leaves: a watermark and nothing else
         raise ProfileNotFound(f"no profile of user {user_id!r}: erased on request")
-    return profile
+    revision = arithmetic.read_fence_header(fence)[0] if fence else 0
+    told = outlook.decode(next_, heads, profile.space, revision, time.time())
+    return replace(profile, outlook=told)
 
 
 def _query(profile: Profile, scale: int | None) -> Floats:
@@ -222,6 +225,10 @@ class Plans:
         (reply,) = yield [("HMGET", self._keys.profile(user_id), *_FIELDS)]
         return _found(user_id, reply)
 
+    def _outlook(self, user_id: str) -> Plan[Outlook | None]:
+        profile = yield from self._get(user_id)
+        return profile.outlook
+
     def _get_many(self, user_ids: Sequence[str]) -> Plan[dict[str, Profile]]:
         replies = yield [("HMGET", self._keys.profile(user_id), *_FIELDS) for user_id in user_ids]
         return _known(user_ids, replies)
@@ -262,15 +269,24 @@ class Plans:
 
     def _nearest_pairs(self, vector: Floats, space: str, k: int) -> Plan[list[tuple[str, float]]]:
         """(item id, cosine), nearest first. Raises SpaceMismatch where the space is empty."""
+        (pairs,) = yield from self._nearest_of_each([vector], space, k)
+        return pairs
+
+    def _nearest_of_each(
+        self, queries: Sequence[Floats], space: str, k: int
+    ) -> Plan[list[list[tuple[str, float]]]]:
+        """`_nearest_pairs` of several unit vectors of one space, in one round trip."""
+        if not queries:
+            return []
         if (yield from self._vector_sets()):
-            (reply,) = yield [_vsim(self._keys, space, vector, k)]
-            pairs = _vsim_pairs(reply)
+            replies = yield [_vsim(self._keys, space, vector, k) for vector in queries]
+            found = [_vsim_pairs(reply) for reply in replies]
         else:
             matrix = yield from self._item_matrix(space)
-            pairs = matrix.nearest(vector, k)
-        if not pairs:
+            found = [matrix.nearest(vector, k) for vector in queries]
+        if not all(found):
             raise _no_items(space)
-        return pairs
+        return found
 
     def _recommend(self, user_id: str, k: int, exclude_seen: bool) -> Plan[list[Recommendation]]:
         return recommend.plan(self, user_id, k, exclude_seen)
@@ -355,6 +371,12 @@ class ProfileReader(Plans):
     def get(self, user_id: str) -> Profile:
         """One profile. Raises ProfileNotFound, SchemaTooNew, StateCorrupt, RedisUnavailable."""
         return self._answer(self._get(user_id))
+
+    def outlook(self, user_id: str) -> Outlook | None:
+        """What may come next: next-interest vector, purchase intent and churn, with the release
+        that says so and how old it is; `get` has it too. None: no release that can tell was live
+        when they acted, or it is still to be computed. Raises as `get`."""
+        return self._answer(self._outlook(user_id))
 
     def get_many(self, user_ids: Sequence[str]) -> dict[str, Profile]:
         """The profiles of those that have one, in one round trip. Raises as `get`, but for
@@ -459,6 +481,10 @@ class AsyncProfileReader(Plans):
     async def get(self, user_id: str) -> Profile:
         """See ProfileReader.get."""
         return await self._answer(self._get(user_id))
+
+    async def outlook(self, user_id: str) -> Outlook | None:
+        """See ProfileReader.outlook."""
+        return await self._answer(self._outlook(user_id))
 
     async def get_many(self, user_ids: Sequence[str]) -> dict[str, Profile]:
         """See ProfileReader.get_many."""

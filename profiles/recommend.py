@@ -1,16 +1,18 @@
-"""What to show a shopper next: candidates from three sources, ranked by four signals.
+"""What to show a shopper next: candidates from four sources, ranked by four signals.
 
 Candidates are the neighbours of the latest items, the shopper's own items, and the items
-nearest to their interests; the ranker of the live release, or the weights by hand, score them.
-A plan as those of `reader.py`, which has the methods: four round trips, whatever the shopper.
+nearest to their interests and to their next interest; the ranker of the live release, or the
+weights by hand, score them. A plan as those of `reader.py`, which has the methods: five round
+trips, whatever the shopper.
 
- 1. the profile;
- 2. neighbours of its latest items, the ranker of its space, the nearest items of its space;
- 3. what the candidates are called, and their counts;
- 4. their vectors in the profile's space.
+ 1. the profile, with its outlook;
+ 2. neighbours of its latest items, the ranker of its space;
+ 3. the nearest items of its space;
+ 4. what the candidates are called, and their counts;
+ 5. their vectors in the profile's space.
 
-The signal `next_interest` stays 0: the window encoder needs torch, which no reader has. The
-trainer fits the ranker that is served without it as well.
+The window encoder needs torch, which no reader has: its vector is the outlook's, which a worker
+computes. Where there is none, or one of another space, the signal `next_interest` is 0.
 """
 
 from __future__ import annotations
@@ -57,17 +59,27 @@ def plan(reader: Plans, user_id: str, k: int, exclude_seen: bool) -> Plan[list[R
     of = {item: neighbours.decode(*reply) for item, reply in zip(latest, replies[1:], strict=True)}
     near = ranking.nearby(profile.window, of)
     own = ranking.own_frequency(profile.window)
-    interest = arithmetic.unit(profile.sums).mean(axis=0)  # (D,): its products are mean cosines
+    wanted = _wanted(profile)
     items = list(dict.fromkeys([*own, *ranking.top(near, _NEIGHBOURS)]))
-    if interest.any():
-        query = arithmetic.unit(interest)
-        nearest = yield from reader._nearest_pairs(query, profile.space, _NEAREST)
-        items = list(dict.fromkeys([*items, *(schema.key64(item_id) for item_id, _ in nearest)]))
+    queries = [arithmetic.unit(vector) for vector in wanted if vector.any()]
+    for nearest in (yield from reader._nearest_of_each(queries, profile.space, _NEAREST)):
+        items += [schema.key64(item_id) for item_id, _ in nearest]
+    items = list(dict.fromkeys(items))
     if exclude_seen:
         items = [item for item in items if item not in own]
     known, counts = yield from _described(reader, items)
-    vectors = yield from _cosines(reader, profile, known, interest)
-    return _ranked(profile, weights, known, counts, near, own, vectors)[:k]
+    cosines = yield from _cosines(reader, profile, known, wanted)
+    return _ranked(profile, weights, known, counts, near, own, cosines)[:k]
+
+
+def _wanted(profile: Profile) -> Floats:
+    """(2, D) in the order of the signals: next interest, and interests, whose products with an
+    item's vector are its (mean) cosines; zeros where nothing is known."""
+    interest = arithmetic.unit(profile.sums).mean(axis=0)
+    outlook = profile.outlook
+    if outlook is None or outlook.next_interest is None:
+        return np.stack([np.zeros_like(interest), interest])
+    return np.stack([outlook.next_interest, interest])
 
 
 def _described(
@@ -87,17 +99,17 @@ def _described(
 
 
 def _cosines(
-    reader: Plans, profile: Profile, known: dict[int, ItemRecord], interest: Floats
-) -> Plan[dict[int, float]]:
-    """Item key -> mean cosine to the profile's interests, of items with a vector in its space."""
-    if not interest.any():
+    reader: Plans, profile: Profile, known: dict[int, ItemRecord], wanted: Floats
+) -> Plan[dict[int, Floats]]:
+    """Item key -> (2,) cosines to what is wanted, of items with a vector in the profile's space."""
+    if not wanted.any():
         return {}
     replies = yield [
         ("HGET", reader._keys.vectors(profile.space, item), record.item_id)
         for item, record in known.items()
     ]
     return {
-        item: float(np.frombuffer(raw, dtype="<f4", offset=8) @ interest)
+        item: wanted @ np.frombuffer(raw, dtype="<f4", offset=8)
         for item, raw in zip(known, replies, strict=True)
         if raw is not None
     }
@@ -110,7 +122,7 @@ def _ranked(
     counts: dict[int, Neighbours],
     near: dict[int, float],
     own: dict[int, float],
-    cosines: dict[int, float],
+    cosines: dict[int, Floats],
 ) -> list[Recommendation]:
     if not known:
         return []
@@ -118,7 +130,7 @@ def _ranked(
     events = np.array([counts[item].count * counts[item].share(now_ms) for item in known])
     signals = np.zeros((len(known), len(ranking.SIGNALS)), dtype=np.float32)
     for row, item in enumerate(known):
-        signals[row, 1] = cosines.get(item, 0.0)
+        signals[row, :2] = cosines.get(item, 0.0)
         signals[row, 2] = ranking.covisitation(near.get(item, 0.0), float(events[row]))
         signals[row, 3] = own.get(item, 0.0)
     shopper = ranking.shopper_features(profile.window, profile.events)

@@ -39,6 +39,19 @@ COUNT_SLOTS: Final = 16  # room for seven more types before the layout must chan
 STATE: Final = "state"  # binary: header, window, seen, categories, pending
 GLANCE: Final = "glance"  # JSON for people and other languages
 FENCE: Final = "fence"  # binary: revision, writer, expiry, watermark per source partition
+# And of its outlook, which is computed from the profile some time after a save.
+NEXT: Final = "next"  # binary: the header below, then the next-interest vector
+HEADS: Final = "heads"  # JSON: what the heads say, and the release that both are of
+
+# What stands before the vector of the next field: 16 bytes.
+NEXT_HEADER: Final = np.dtype(
+    [
+        ("version", "<u2"),  # schema version
+        ("dimensions", "<u2"),  # D: floats that follow
+        ("reserved", "<u4"),  # 0
+        ("space", "<u8"),  # the embedding space of the vector
+    ]
+)
 
 # One entry of the recent window, and of the pending list: 24 bytes.
 WINDOW_ENTRY: Final = np.dtype(
@@ -214,7 +227,8 @@ class Keys:
     namespace: str
 
     def profile(self, user_id: str) -> str:
-        """Hash of one user: fields state, glance, fence. Expires after PROFILE_TTL_DAYS."""
+        """Hash of one user: fields state, glance, fence, and those of the outlook: next, heads.
+        Expires after PROFILE_TTL_DAYS."""
         return f"{self.namespace}:profile:{{{user_id}}}"
 
     def item(self, item: int) -> str:
@@ -316,6 +330,28 @@ def _fenced_save(first: str, second: str) -> str:
 # state, glance, expiry (unix seconds, '0' = leave). Reply: positions (from 1) that were refused.
 # A save whose reply was lost finds its own fence and counts as done.
 SAVE_SCRIPT: Final = _fenced_save(STATE, GLANCE)
+
+# As SAVE_SCRIPT, for users who asked to be forgotten: what was foretold from what they did goes in
+# the same breath.
+ERASE_SCRIPT: Final = SAVE_SCRIPT.replace(
+    "    if ARGV[at + 4]", "    redis.call('HDEL', key, 'next', 'heads')\n    if ARGV[at + 4]"
+)
+
+# KEYS: profile keys. ARGV, three per key: fence of the profile it was computed from, next, heads.
+# Reply: positions (from 1) that were refused. Whoever acted, moved, expired or was forgotten
+# meanwhile has another fence or none: an outlook never outlives what it was computed from.
+PUT_OUTLOOK_SCRIPT: Final = """
+local refused = {}
+for i = 1, #KEYS do
+  local at = 3 * i - 2
+  if redis.call('HGET', KEYS[i], 'fence') == ARGV[at] then
+    redis.call('HSET', KEYS[i], 'next', ARGV[at + 1], 'heads', ARGV[at + 2])
+  else
+    refused[#refused + 1] = i
+  end
+end
+return refused
+"""
 
 # KEYS: neighbours keys. No ARGV. Reply: tally, near, fence, tally, near, fence, …
 LOAD_NEIGHBOURS_SCRIPT: Final = """

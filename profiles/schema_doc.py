@@ -45,6 +45,7 @@ def markdown() -> str:
             *_profile_hash(),
             *_state(),
             *_fence(),
+            *_outlook(),
             *_neighbours(),
             *_numbers(),
             *_access(),
@@ -97,6 +98,9 @@ def _profile_hash() -> list[str]:
         "with their decayed mass) |",
         f"| `{schema.FENCE}` | binary: which save this is, and which events are in, laid out "
         "below |",
+        f"| `{schema.NEXT}` | binary: what the shopper may want next, as a vector, laid out below; "
+        "absent until it was computed |",
+        f"| `{schema.HEADS}` | JSON: what is likely, and from which release; absent with `next` |",
         "",
         "A profile with 0 `events` is that of an erased user: only the watermark is left, so that "
         "a replay does not bring the user back. Treat it as no profile.",
@@ -148,6 +152,29 @@ def _fence() -> list[str]:
         *_table(schema.WATERMARK_ENTRY, "WATERMARK_ENTRY"),
         "",
         "An event below its source's `next_offset` is in; it changes nothing when it comes again.",
+        "",
+    ]
+
+
+def _outlook() -> list[str]:
+    return [
+        "## The outlook",
+        "",
+        "Computed after a save from the window of events as it was then, by a release that has "
+        f"learned to. The `{schema.NEXT}` field is a header, then `dimensions` float32: a unit "
+        "vector.",
+        "",
+        *_table(schema.NEXT_HEADER, "NEXT_HEADER"),
+        "",
+        "Compare it with vectors of its `space` only; where the profile's `space` is another, the "
+        "profile was moved since, and the vector says nothing beside it.",
+        "",
+        f"The `{schema.HEADS}` field is JSON: `v` (schema version), `release`, `revision` (of the "
+        "fence that was there; the fence's `revision` less this is the number of saves since), "
+        "`updated_ms` (the latest event time then), `computed_ms` (wall clock), and `heads`: "
+        "`purchase` (within LEARN_PURCHASE_DAYS after `updated_ms`), `churn` (nothing within "
+        "LEARN_RETURN_DAYS), as probabilities. A head that has learned nothing is absent. What the "
+        "heads say does not depend on a space.",
         "",
     ]
 
@@ -242,6 +269,8 @@ def _scripts() -> list[str]:
     for name in (
         "LOAD_SCRIPT",
         "SAVE_SCRIPT",
+        "ERASE_SCRIPT",
+        "PUT_OUTLOOK_SCRIPT",
         "LOAD_NEIGHBOURS_SCRIPT",
         "SAVE_NEIGHBOURS_SCRIPT",
         "PUT_ITEM_SCRIPT",

@@ -25,6 +25,7 @@ from .cache import ProfileCache, Row
 from .connection import address, redis_errors
 from .errors import LayoutMismatch, SchemaTooNew, StateCorrupt
 from .fates import Fates
+from .outlook import Fields
 from .scripts import run_script, script_sha
 
 if TYPE_CHECKING:
@@ -186,19 +187,41 @@ class ProfileStore:
         ids = [user_ids[row] for row in rows]
         keys = [self._keys.profile(user_id) for user_id in ids]
         five = list(zip(before, picked.fences, states, glances, expires_s, strict=True))
-        replies = self._run(
-            schema.SAVE_SCRIPT,
-            [
-                (keys[i : i + _CHUNK], list(chain.from_iterable(five[i : i + _CHUNK])))
-                for i in range(0, len(keys), _CHUNK)
-            ],
-        )
-        refused = _refused(replies)
+        kept = [i for i in range(len(ids)) if i not in picked.erased]
+        refused = self._run_for(schema.SAVE_SCRIPT, keys, five, kept)
+        refused += self._run_for(schema.ERASE_SCRIPT, keys, five, sorted(picked.erased))
         saved = dict(zip(ids, zip(states, picked.fences, strict=True), strict=True))
         for i in refused:
             del saved[ids[i]]
         self._cache.put(saved.items())
         return [rows[i] for i in refused]
+
+    def put_outlooks(
+        self, user_ids: Sequence[str], fences: Sequence[bytes], outlooks: Sequence[Fields]
+    ) -> list[int]:
+        """Keep the outlooks of n users beside the profiles that they were computed from; the
+        positions of those whose profile is another by now, or gone. Raises RedisUnavailable."""
+        keys = [self._keys.profile(user_id) for user_id in user_ids]
+        three = [(fence, *fields) for fence, fields in zip(fences, outlooks, strict=True)]
+        return self._run_for(schema.PUT_OUTLOOK_SCRIPT, keys, three, range(len(keys)))
+
+    def _run_for(
+        self,
+        script: str,
+        keys: Sequence[str],
+        arguments: Sequence[tuple[Any, ...]],
+        users: Sequence[int],
+    ) -> list[int]:
+        """Run a script for some of the users, some at a time; those that it refused."""
+        parts = [users[i : i + _CHUNK] for i in range(0, len(users), _CHUNK)]
+        replies = self._run(
+            script,
+            [
+                ([keys[u] for u in part], list(chain.from_iterable(arguments[u] for u in part)))
+                for part in parts
+            ],
+        )
+        return [users[i] for i in _refused(replies)]
 
     def _run(self, script: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[list[Any]]:
         """One EVALSHA per call, in one round trip."""

@@ -12,11 +12,13 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from profiles import arithmetic
+import numpy as np
+
+from profiles import arithmetic, outlook
 from profiles.arithmetic import Layout
 from profiles.schema import key64, source_key
 from tests.oracle import FORGET, Event
-from tests.profile_events import NOW_MS, Shelf, event_key
+from tests.profile_events import NOW_MS, SPACE, Shelf, event_key
 
 LAYOUT = Layout(4, (1_800.0, 86_400.0, 2_592_000.0), window=3, seen=2, categories=2)
 _MONTH_MS = 2_592_000_000
@@ -81,7 +83,26 @@ def golden() -> list[dict[str, Any]]:
                 "holds": contents(state, fence),
             }
         )
+    next_, heads = outlook.encode(
+        np.array([[0.5, 0.5, -0.5, 0.5]], np.float32),
+        {"purchase": np.array([0.25], np.float32), "churn": np.array([0.5], np.float32)},
+        "trained-0123456789abcdef",
+        SPACE,
+        [2],
+        [NOW_MS - _MONTH_MS],
+        NOW_MS,
+    )[0]
+    out[0] |= {"next": next_.hex(), "heads": json.loads(heads)}
+    out[0]["outlook_holds"] = outlook_contents(next_, heads, out[0]["holds"]["space"])
     return out
+
+
+def outlook_contents(next_: bytes, heads: str, space: str) -> dict[str, Any]:
+    """What the outlook's two fields say beside a profile of revision 3."""
+    told = outlook.decode(next_, heads.encode(), space, 3, NOW_MS / 1000)
+    assert told is not None
+    assert told.next_interest is not None
+    return {**vars(told), "next_interest": told.next_interest.tolist()}
 
 
 def contents(state: bytes, fence: bytes) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import redis
 
@@ -21,6 +22,7 @@ from profiles import (
     SchemaTooNew,
     StateCorrupt,
     arithmetic,
+    outlook,
 )
 from profiles.arithmetic import Layout, Profiles
 from profiles.fates import Fates
@@ -506,3 +508,81 @@ def test_an_erased_profile_keeps_the_replay_out(
     with ProfileReader(redis_url, namespace) as reader:
         profile = reader.get("u")
     assert profile.counts["view"] == profile.events == 1
+
+
+# --- the outlook ---------------------------------------------------------------------------
+
+
+def foretell(store: ProfileStore, users: list[str], profiles: Profiles) -> list[int]:
+    """Write an outlook of profiles as they were loaded."""
+    vectors = np.tile(np.float32([0.5, 0.5, 0.5, 0.5]), (len(users), 1))
+    revisions = [arithmetic.read_fence_header(fence)[0] for fence in profiles.fences]
+    latest = profiles.header["updated_ms"].tolist()
+    chances = {"churn": np.full(len(users), 0.25, np.float32)}
+    fields = outlook.encode(vectors, chances, "trained-1", SPACE, revisions, latest, 1_000)
+    return store.put_outlooks(users, profiles.fences, fields)
+
+
+def test_an_outlook_is_read_with_its_profile_and_grows_old_with_every_save(
+    store: ProfileStore, redis_url: str, namespace: str
+) -> None:
+    users = [f"user {i}" for i in range(300)]  # more than one script call takes
+    fold(store, in_topic([item_event(0, user_id=user) for user in users]))
+    with ProfileReader(redis_url, namespace) as reader:
+        assert reader.outlook("user 0") is None
+        assert foretell(store, users, store.load(users, anew=True)) == []
+        told = reader.get_many(users)
+        assert all(told[user].outlook == reader.outlook(user) is not None for user in users[:2])
+        fold(store, in_topic([item_event(0), item_event(1, user_id="user 299")], SOURCES[1:]))
+        found = [reader.outlook(user) for user in ("user 0", "user 299")]
+    assert [o.saves_since for o in found if o] == [0, 1]
+    assert {(o.release, o.updated_ms, o.heads["churn"]) for o in found if o} == {
+        ("trained-1", NOW_MS, 0.25)
+    }
+
+
+def test_an_outlook_of_what_has_changed_is_refused(
+    store: ProfileStore, redis_client: redis.Redis, redis_url: str, namespace: str
+) -> None:
+    users = ["acted", "expired", "forgotten", "same"]
+    fold(store, in_topic([item_event(0, user_id=user) for user in users]))
+    before = store.load(users, anew=True)
+    forget = Event("forgotten", 0, 0, None, NOW_MS, oracle.FORGET)
+    fold(store, in_topic([item_event(1, user_id="acted"), forget], SOURCES[1:]))
+    redis_client.delete(Keys(namespace).profile("expired"))
+    assert foretell(store, users, before) == [0, 1, 2]
+    assert not redis_client.exists(Keys(namespace).profile("expired"))
+    with ProfileReader(redis_url, namespace) as reader:
+        assert reader.outlook("acted") is None
+        assert reader.outlook("same") is not None
+
+
+def test_a_forget_erases_the_outlook_and_what_comes_after_has_none(
+    store: ProfileStore, redis_client: redis.Redis, redis_url: str, namespace: str
+) -> None:
+    key = Keys(namespace).profile("u")
+    history = in_topic(
+        [item_event(0), Event("u", 0, 0, None, NOW_MS, oracle.FORGET), item_event(1)]
+    )
+    for cut in (2, 3):  # alone, and with what they do next in the same breath
+        redis_client.delete(key)
+        store.forget_cached()
+        fold(store, history[:1])
+        assert foretell(store, ["u"], store.load(["u"], anew=True)) == []
+        expires_ms = redis_client.pexpiretime(key)
+        assert redis_client.hexists(key, "next")
+        fold(store, history[:cut])
+        assert set(redis_client.hkeys(key)) == {b"state", b"fence", b"glance"}
+        assert redis_client.pexpiretime(key) == expires_ms
+    with ProfileReader(redis_url, namespace) as reader:
+        assert reader.outlook("u") is None
+
+
+def test_an_erasure_that_came_too_late_is_refused_and_done_again(store: ProfileStore) -> None:
+    fold(store, in_topic([item_event(0), item_event(0, user_id="other")]))
+    events = in_topic([item_event(0), Event("u", 0, 1, None, NOW_MS, oracle.FORGET)])
+    users, stale = loaded(store, [*events, item_event(1, user_id="other")])
+    fold(store, in_topic([item_event(2)], SOURCES[1:]))
+    assert [users[row] for row in save(store, users, stale)] == ["u"]
+    fold(store, events)
+    assert store.load(["u"], anew=True).header["events"].tolist() == [0]

@@ -9,15 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from profiles import Connection, ProfileNotFound, ProfileReader, SpaceMismatch, arithmetic, ranking
+from profiles import (
+    Connection,
+    ProfileNotFound,
+    ProfileReader,
+    SpaceMismatch,
+    arithmetic,
+    outlook,
+    ranking,
+)
 from profiles.items import ItemStore, Origin
 from profiles.neighbour_store import NeighbourStore
 from profiles.neighbours import Pairs, TallyLayout, fold
 from profiles.schema import PAIR_ENTRY, ItemRecord, Keys, key64
 from profiles.schema_doc import reader_acl
+from profiles.store import ProfileStore
 from stream import cli
 from stream.local_stack import RedisServer
 from tests.integration.test_profile_reader import (
+    LAYOUT,
     READERS,
     SPACE,
     VECTORS,
@@ -94,6 +104,33 @@ def test_the_order_is_that_of_the_ranker(reader: Asked) -> None:
     np.testing.assert_allclose([r.score for r in found], want, rtol=1e-4)
     assert (np.diff(want) <= 1e-5).all()
     assert [r.item_id for r in reader.ask("recommend", "ann", 3)] == [r.item_id for r in found[:3]]
+
+
+def foretell(url: str, namespace: str, user_id: str, interest: Any, space: int = SPACE) -> None:
+    with closing(Connection(url).open()) as client:
+        store = ProfileStore(client, Keys(namespace), LAYOUT, ttl_s=1_000, writer=2, where=url)
+        (fence,) = store.load([user_id]).fences
+        fields = outlook.encode(interest[None], {}, "trained-1", space, [1], [NOW_MS], 1)
+        assert store.put_outlooks([user_id], [fence], fields) == []
+
+
+def test_the_next_interest_is_the_outlooks_where_it_is_of_the_profiles_space(
+    shop: tuple[str, str], reader: Asked
+) -> None:
+    eve = f"eve of {type(reader).__name__}"
+    save(*shop, in_topic([event(eve, 3)]))
+    before = {r.item_id for r in reader.ask("recommend", eve, 500)}
+    far = next(i for i in range(len(VECTORS)) if item_id(i) not in before)
+    foretell(*shop, eve, VECTORS[far], space=SPACE + 1)
+    assert {r.signals["next_interest"] for r in reader.ask("recommend", eve, 500)} == {0.0}
+    foretell(*shop, eve, VECTORS[far])
+    found = {r.item_id: r.signals for r in reader.ask("recommend", eve, 500)}
+    assert found.keys() > before
+    for item in (far, 3):
+        signals = found[item_id(item)]
+        assert signals["next_interest"] == pytest.approx(VECTORS[item] @ VECTORS[far], abs=1e-5)
+        assert signals["text"] == pytest.approx(VECTORS[item] @ VECTORS[3], abs=1e-5)
+    assert reader.ask("recommend", eve, 1)[0].item_id in {item_id(far), item_id(3)}
 
 
 def test_what_was_seen_can_be_left_out(reader: Asked) -> None:

@@ -45,6 +45,13 @@ def test_golden_bytes_mean_what_the_file_says(example: dict[str, str]) -> None:
     assert golden_profiles.contents(state, fence) == example["holds"]
 
 
+def test_a_golden_outlook_means_what_the_file_says() -> None:
+    example = GOLDEN[0]
+    next_, heads = bytes.fromhex(example["next"]), json.dumps(example["heads"])
+    space = example["holds"]["space"]
+    assert golden_profiles.outlook_contents(next_, heads, space) == example["outlook_holds"]
+
+
 def test_a_key_is_the_head_of_a_sha256() -> None:
     # printf %s A-1 | sha256sum | head -c 16, read from the last byte to the first
     assert f"{key64('A-1'):016x}" == "ec79ab82e97b4ebc"
