@@ -1,4 +1,5 @@
-"""Owns the device: the encoder of one release, the table of item vectors, whose turn it is.
+"""Owns the device: the encoder of one release, what foretells, the table of item vectors, whose
+turn it is.
 
 Texts come in from any thread; batches take turns on the device. Knows nothing of events
 or of when a release changes: a new release is a new engine.
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from .encoder import BATCH_TOKENS, DType, Kind
+from .foreteller import Foreteller
 from .item_table import ItemTable
 from .releases import Release
 
@@ -51,7 +53,11 @@ class Engine:
         self._turn = threading.Lock()
         self._queries = ItemTable(QUERY_ROWS, release.dimensions)
         self.table = ItemTable(item_rows, release.dimensions, self._encoder.device)
+        self.foreteller = Foreteller.load(release, self._encoder.device)
+        """What comes next of a window; None where the release has not learned to tell."""
         self._encoder.encode(["warm up"])
+        if self.foreteller is not None:
+            self.foreteller.warm_up()
 
     @property
     def space(self) -> str:

@@ -23,6 +23,7 @@ from .objective import class_weights
 Floats = npt.NDArray[np.float32]
 Tensor = torch.Tensor
 
+HEADS_FILE = "heads.safetensors"  # the part of a release that holds them
 HEADS = ("purchase", "returns")  # as the columns of the labels are named; 1 - returns is churn
 
 

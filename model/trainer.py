@@ -34,11 +34,11 @@ from . import training_rows as tr
 from .encoder import pick_device
 from .errors import NonFiniteVectors, NothingToLearn, PackageMissing, WeightsUnavailable
 from .evaluate import auc, calibration_error, metric, ranks
-from .heads import HEADS, Heads
+from .heads import HEADS, HEADS_FILE, Heads
 from .item_vectors import ItemVectors
 from .objective import balanced_bce, drift, log_chances, sampled_softmax
 from .projection import Projection, unit_rows
-from .window_encoder import WindowEncoder, WindowShape, unit
+from .window_encoder import WINDOW, WindowEncoder, WindowShape, unit
 from .windows import Labelled
 
 Floats = npt.NDArray[np.float32]
@@ -46,8 +46,6 @@ Ints = npt.NDArray[np.int64]
 Tensor = torch.Tensor
 
 PROJECTION = "projection.safetensors"
-WINDOW = "window.safetensors"
-HEADS_FILE = "heads.safetensors"
 ITEMS = "items.safetensors"
 ITEM_IDS = "item_ids.json"
 METRICS = "metrics.json"
@@ -125,15 +123,6 @@ class Candidate:
     residual: Floats  # (n, D) their learned parts, in units of the text part
     counts: Ints  # (n,) training events
     metrics: dict[str, Any]
-
-    def next_interests(self, windows: Labelled, ends: Ints) -> Floats:
-        """Unit rows (k, D) after events `ends` (k,): a signal of the ranker's cases.
-
-        Of windows from `metrics["cut_ms"]` on, which this candidate was not trained on.
-        """
-        return self.window.encode(
-            *window_inputs(windows, ends, self.vectors, self.window.shape.events)
-        )
 
     @classmethod
     def load(cls, path: Path) -> Candidate:

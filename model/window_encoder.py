@@ -30,6 +30,8 @@ Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 Tensor = torch.Tensor
 
+WINDOW = "window.safetensors"  # the part of a release that holds it
+
 # Gaps from under a second to 2^30 s (34 years), by powers of two.
 GAP_BUCKETS = 32
 
@@ -125,9 +127,7 @@ class WindowEncoder(nn.Module):
 
     def encode(self, vectors: Floats, types: Bytes, t_ms: Ints, lengths: Ints) -> Floats:
         """Next-interest vectors, unit rows (n, D), float32; arguments as of `hidden`."""
-        hidden = self.hidden(vectors, types, t_ms, lengths)
-        norms = np.linalg.norm(hidden, axis=1, keepdims=True)
-        return np.asarray(hidden / np.maximum(norms, 1e-12), dtype=np.float32)
+        return interests(self.hidden(vectors, types, t_ms, lengths))
 
     def save(self, path: Path) -> None:
         """One safetensors file, its shape in the header."""
@@ -170,6 +170,12 @@ class WindowEncoder(nn.Module):
             raise ValueError(
                 f"lengths: expected 1 to {vectors.shape[1]}, got {lengths.min()} to {lengths.max()}"
             )
+
+
+def interests(hidden: Floats) -> Floats:
+    """States (n, D), as `WindowEncoder.hidden` gives them, to next-interest vectors."""
+    norms = np.linalg.norm(hidden, axis=1, keepdims=True)
+    return np.asarray(hidden / np.maximum(norms, 1e-12), dtype=np.float32)
 
 
 def gap_buckets(t_ms: Tensor) -> Tensor:

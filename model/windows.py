@@ -29,7 +29,8 @@ NO_ITEM: Final = -1
 class Labelled:
     """m events of u users, each the end of one window (its user's last N events up to it).
 
-    Users stand in the order of their ids, events of a user in event time.
+    Users stand in the order of their ids, events of a user in event time, those of one instant as a
+    profile's window has them.
     """
 
     start: Ints  # (u + 1,) events of user j are start[j]:start[j+1]
@@ -81,6 +82,11 @@ class Labelled:
         """The chosen events (m,) of all users, with unchanged labels; a user may have none."""
         kept = np.concatenate([np.zeros(1, np.int64), np.cumsum(chosen, dtype=np.int64)])
         return self._take(np.flatnonzero(chosen), kept[self.start], self.user)
+
+    def as_kept(self) -> Labelled:
+        """Without the events of no weight, which no profile keeps in its window: what a window
+        encoder learns from must be what it is given when it serves."""
+        return self.take_events(self.weight != 0)
 
     def _take(self, at: Ints, start: Ints, user: list[str]) -> Labelled:
         return Labelled(

@@ -4,7 +4,8 @@ PURE. It knows event types and what a label means; it does not know files, Kafka
 
 The result is a function of the set of events alone. Rows may come in any order, in any pieces,
 and more than once (a segment read twice, ranges that overlap after a crash): each offset of a
-source counts once, and event time orders what is left. An event that was sent again counts once
+source counts once, and event time orders what is left; events of one instant stand as in the window
+of a profile, which does not know how they arrived. An event that was sent again counts once
 too, with the label that arrived last.
 
 No label looks back: it is made of events of later instants than the one that ends the window, and
@@ -34,6 +35,7 @@ from model.windows import (
     Types,
 )
 from profiles.arithmetic import FORGET
+from profiles.schema import key64
 
 Keys64 = NDArray[np.uint64]
 
@@ -110,12 +112,15 @@ def label(
     e = replace(e, label=_latest_labels(user, e))
     fresh = np.flatnonzero(_is_first_of_its_id(user, e.event))
     e, user = _take(e, fresh), user[fresh]
+    weight = signed_weights(e.type, e.rating, types, rules.weights)
+    keys = np.array([key64(item_id) for item_id in e.item_ids] + [0], np.uint64)[e.item]
+    order = np.lexsort((e.type, weight, keys, e.t_ms, user))
+    e, user, weight = _take(e, order), user[order], weight[order]
 
     n = len(e)
     begins = np.flatnonzero(np.diff(user, prepend=-1))
     bounds = np.append(begins, n)
     end = np.repeat(bounds[1:], np.diff(bounds))
-    weight = signed_weights(e.type, e.rating, types, rules.weights)
     rows = np.array([catalogue.get(i, NO_ITEM) for i in e.item_ids] + [NO_ITEM], np.int32)
     item = rows[e.item]  # code -1 is the last row: no item
 

@@ -21,7 +21,9 @@ from model.catalogue_vectors import CatalogueVectors
 from model.comparison import Contender, compare
 from model.encoder import TextEncoder
 from model.errors import NothingToLearn
+from model.foreteller import Foreteller
 from model.gate import Bounds, Decision
+from model.heads import HEADS_FILE
 from model.projection import Projection
 from model.ranker import RANKER, load_weights, save_weights
 from model.releases import (
@@ -36,6 +38,7 @@ from model.releases import (
 from model.text import item_text, text_version
 from model.trainer import Base, Candidate, Catalogue, TrainSettings
 from model.transition import Transition, fit_transition
+from model.window_encoder import WINDOW
 from model.windows import Labelled
 from profiles.arithmetic import Floats
 from profiles.items import ItemStore
@@ -49,7 +52,7 @@ from .ranker_learning import FittedRanker, fit_ranker
 from .settings import Settings
 
 # Files of a candidate that a release takes as they are.
-_PARTS: Final = (trainer.WINDOW, trainer.HEADS_FILE, trainer.ITEMS, trainer.ITEM_IDS)
+_PARTS: Final = (WINDOW, HEADS_FILE, trainer.ITEMS, trainer.ITEM_IDS)
 _DAY_MS: Final = 86_400_000
 
 Progress = Callable[[str, int, int], None]
@@ -81,7 +84,8 @@ def learn(settings: Settings, items: ItemStore, now: datetime, progress: Progres
     """
     parent = load_current(settings.model.releases)
     catalogue = _catalogue(items)
-    windows = labelled(settings, catalogue.item_ids)
+    everything = labelled(settings, catalogue.item_ids)
+    windows = everything.as_kept()
     features = _features(settings, parent, catalogue.texts, progress)
     of_items = Catalogue(catalogue.item_ids, features)
     base = _base(parent)
@@ -90,7 +94,7 @@ def learn(settings: Settings, items: ItemStore, now: datetime, progress: Progres
     tuned = TrainSettings(
         seed=settings.learn.seed,
         epochs=settings.learn.epochs,
-        events=settings.learn.window,
+        events=_window_events(settings),
         compatibility=settings.learn.compatibility,
         device=settings.model.device,
     )
@@ -100,7 +104,7 @@ def learn(settings: Settings, items: ItemStore, now: datetime, progress: Progres
     )
     current = base.vectors(of_items)
     transition = fit_transition(parent.space, "", current, candidate.vectors)
-    ranker = _fit_ranker(settings, parent, windows, candidate)
+    ranker = _fit_ranker(settings, parent, everything, candidate)
     decision = _judge(settings, windows, base, current, candidate, transition)
     release = None
     if decision.accepted:
@@ -113,6 +117,11 @@ def learn(settings: Settings, items: ItemStore, now: datetime, progress: Progres
         make_current(release, expected=parent.id, why="learned", now=now)
     shutil.rmtree(folder)
     return Outcome(len(windows), parent, decision, release)
+
+
+def _window_events(settings: Settings) -> int:
+    """More events than a profile keeps would be learned from and never be there."""
+    return min(settings.learn.window, settings.profile.window)
 
 
 def _by_age(windows: Labelled, days: float) -> tuple[Labelled, Labelled | None]:
@@ -219,7 +228,7 @@ def _judge(
         Contender.of(candidate),
         cut_ms=candidate.metrics["cut_ms"],
         item_events=candidate.counts,
-        events=settings.learn.window,
+        events=_window_events(settings),
         seed=settings.learn.seed,
         transition_cosine=transition.error.cosine,
     )
@@ -230,15 +239,18 @@ def _fit_ranker(
     settings: Settings, parent: Release, windows: Labelled, candidate: Candidate
 ) -> FittedRanker | None:
     """On windows that the candidate was not trained on, from the live release's ranker. None where
-    neighbours are not kept: readers would lack the signal that it leans on."""
+    neighbours are not kept: readers would lack the signal that it leans on. Where workers compute
+    no outlooks, readers have no next interest, and so has no case."""
     if not settings.learn.neighbours:
         return None
+    foretold = settings.stream.outlook_share > 0
     cases = make_cases(
         windows,
         candidate.vectors,
         settings.profile.half_lives_s,
         cut_ms=candidate.metrics["cut_ms"],
         window=settings.profile.window,
+        foreteller=Foreteller(candidate.window, candidate.heads) if foretold else None,
         seed=settings.learn.seed,
     )
     live = load_weights(parent.path / RANKER) if RANKER in parent.parts else None

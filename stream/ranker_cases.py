@@ -2,20 +2,22 @@
 
 No I/O. Shoppers' histories are told in event time, in blocks: tallies of neighbours grow as the
 stream grows them, and a case knows what happened before its block. It uses the definitions that
-readers use (`profiles/ranking.py`), so that what is trained is what is served; `next_interest`
-stays 0, as there.
+readers use (`profiles/ranking.py`), and the next interest is made of the window that a profile
+would have had, as a worker makes it, so that what is trained is what is served.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model import training_rows as tr
+from model.foreteller import Foreteller
 from model.ranker import Cases
 from model.windows import Labelled
 from profiles import neighbours, ranking
@@ -23,8 +25,11 @@ from profiles.arithmetic import Floats, Ints, unit
 from profiles.neighbours import Neighbours, Pairs, Tallies, TallyLayout
 from profiles.schema import NEAR_ENTRY, PAIR_ENTRY, WINDOW_ENTRY
 
+from .window_rows import window_rows
+
 _BLOCKS: Final = 40
 _PAIRS_AT_ONCE: Final = 100_000  # events
+_FORETOLD_AT_ONCE: Final = 256  # windows
 # Scores of a case take 16 bytes an item: at most 400 MB.
 _NUMBERS: Final = 25_000_000
 
@@ -45,13 +50,16 @@ def make_cases(
     *,
     cut_ms: int,
     window: int = 50,
+    foreteller: Foreteller | None = None,
     most: int = 3_000,
     seed: int = 0,
 ) -> Timed:
     """Rankings of the whole catalogue after windows whose target came at `cut_ms` or later.
 
     vectors: (C, D) unit rows of the catalogue; half_lives_s: of a profile's time scales, the
-    longest also of neighbours; most: cases, drawn with `seed`; fewer where C is large.
+    longest also of neighbours; foreteller: what makes the signal `next_interest`, which stays 0
+    without, and must not have learned from what came since `cut_ms`; most: cases, drawn with
+    `seed`; fewer where C is large.
     """
     targets = tr.find_targets(windows)
     ends = np.flatnonzero(tr.asked_at(windows) & targets.since(cut_ms))
@@ -66,6 +74,7 @@ def make_cases(
     known = np.zeros((n, size), dtype=np.float32)
     target = np.zeros((n, size), dtype=np.float32)
     shopper = np.zeros((n, 3), dtype=np.float32)
+    windows_seen: list[NDArray[Any]] = []
     for block in np.array_split(np.arange(n), min(_BLOCKS, max(n, 1))):
         if not len(block):
             continue
@@ -75,6 +84,7 @@ def make_cases(
             end = int(ends[row])
             first = int(windows.start[owner[end]])
             seen = _entries(windows, first, end + 1)[-window:]
+            windows_seen.append(seen)
             own = ranking.own_frequency(seen)
             near = ranking.nearby(seen, counted.near(seen))
             signals[row, :, 1] = vectors @ _interest(windows, vectors, first, end, half_lives_s)
@@ -86,6 +96,8 @@ def make_cases(
             known[row] = np.log1p(counts)
             target[row, targets.item[targets.first[end] : targets.stop[end]]] = 1.0
             shopper[row] = ranking.shopper_features(seen, end - first + 1)
+    if foreteller is not None:
+        signals[:, :, 0] = _next_interests(foreteller, windows_seen, vectors) @ vectors.T
     cases = Cases(signals, known, shopper, target, np.zeros((n, size), dtype=np.float32))
     return Timed(cases, owner[ends], windows.t_ms[ends])
 
@@ -110,6 +122,22 @@ def _interest(
     share = np.exp2(-age_s / np.asarray(half_lives_s)[:, None]) * windows.weight[at]  # (K, m)
     mean: Floats = unit((share @ vectors[windows.item[at]]).astype(np.float32)).mean(axis=0)
     return mean
+
+
+def _next_interests(foreteller: Foreteller, windows: list[NDArray[Any]], vectors: Floats) -> Floats:
+    """(n, D); zeros where a window holds nothing."""
+    out = np.zeros((len(windows), vectors.shape[1]), np.float32)
+    at = [i for i, window in enumerate(windows) if len(window)]
+    for begin in range(0, len(at), _FORETOLD_AT_ONCE):
+        part = at[begin : begin + _FORETOLD_AT_ONCE]
+        rows = window_rows([windows[i] for i in part], foreteller.events, partial(_known, vectors))
+        out[part] = foreteller(*rows).next_interest
+    return out
+
+
+def _known(vectors: Floats, keys: list[int]) -> Floats:
+    """(u, D) by key."""
+    return vectors[np.array(keys, np.int64) - 1]
 
 
 class _Counted:

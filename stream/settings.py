@@ -107,6 +107,11 @@ class StreamSettings(_Group):
     drain_s: Annotated[float, Field(gt=0)] = 5.0
     sweep_per_s: Annotated[float, Field(ge=0)] = 1000.0
     """Untouched profiles moved to a new release's space per second; 0: on touch only."""
+    outlook_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Of one core, for outlooks (next interest, purchase intent, churn) where the encoder has no
+    GPU; while the worker has nothing to fold, the rest of a core too. 0: none are computed."""
+    outlook_waiting: Annotated[int, Field(ge=1)] = 10_000
+    """Shoppers waiting for an outlook at most; whoever does not fit keeps the one they have."""
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
     """Port of /metrics and /healthz; 0 turns them off."""
     data_dir: Path = Path(".penchant")

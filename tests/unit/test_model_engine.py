@@ -10,7 +10,10 @@ import torch
 
 from model.encoder import TextEncoder
 from model.engine import Engine
+from model.errors import WeightsUnavailable
 from model.releases import Release, build_base
+from model.window_encoder import WINDOW
+from tests.foretelling import build_foretelling_release
 
 torch.set_num_threads(1)  # on a busy machine, threads spend their time waiting for each other
 
@@ -49,6 +52,20 @@ def test_an_engine_gives_the_vectors_of_its_release(engine: Engine, release: Rel
     assert (engine.space, engine.dimensions) == (release.space, 32)
     assert engine.table.dimensions == 32
     assert engine.table.capacity == 1_000
+
+
+def test_an_engine_foretells_where_its_release_has_learned_to(
+    engine: Engine, release: Release
+) -> None:
+    assert engine.foreteller is None
+    learned = build_foretelling_release(release, 1, events=8)
+    assert learned.space == release.space
+    foreteller = Engine(learned, device="cpu").foreteller
+    assert foreteller is not None
+    assert foreteller.events == 8
+    (learned.path / WINDOW).write_bytes(b"no weights")
+    with pytest.raises(WeightsUnavailable):
+        Engine(learned, device="cpu")
 
 
 def test_a_text_given_twice_is_encoded_once(engine: Engine, encoded: list[str]) -> None:

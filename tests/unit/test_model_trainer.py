@@ -12,7 +12,15 @@ import pytest
 
 from model.errors import NothingToLearn, PackageMissing, WeightsUnavailable
 from model.projection import unit_rows
-from model.trainer import Base, Candidate, Catalogue, TrainSettings, learning_rate, train
+from model.trainer import (
+    Base,
+    Candidate,
+    Catalogue,
+    TrainSettings,
+    learning_rate,
+    train,
+    window_inputs,
+)
 from tests.learnable_shop import (
     DAY_MS,
     DIMENSIONS,
@@ -42,7 +50,8 @@ def test_what_comes_next_is_nearest_to_the_next_interest(candidate: Candidate) -
     windows = circle()
     ends = np.flatnonzero(windows.t_ms >= candidate.metrics["cut_ms"])
     assert 0 < len(ends) < 0.12 * len(windows)
-    nearest = (candidate.next_interests(windows, ends) @ candidate.vectors.T).argmax(axis=1)
+    inputs = window_inputs(windows, ends, candidate.vectors, candidate.window.shape.events)
+    nearest = (candidate.window.encode(*inputs) @ candidate.vectors.T).argmax(axis=1)
     assert (nearest == (windows.item[ends] + 1) % 12).mean() > 0.9
 
 

@@ -7,8 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from model.foreteller import Foreteller
+from model.heads import Heads
+from model.trainer import window_inputs
+from model.window_encoder import WindowEncoder, WindowShape
 from model.windows import Labelled
+from profiles.schema import EVENT_TYPES
 from stream import ranker_learning
 from stream.ranker_cases import Timed, make_cases
 from stream.ranker_learning import fit_ranker
@@ -90,10 +96,45 @@ def test_a_case_has_the_signals_of_the_stream_before_it() -> None:
         for age, i in enumerate(reversed(mine.tolist())):  # every event an instant of its own
             own[windows.item[i]] += 0.9**age
         np.testing.assert_allclose(got[:, 3], own, rtol=1e-5)
-        assert (got[:, 0] == 0).all()
+        assert (got[:, 0] == 0).all()  # nobody foretells
         later = np.arange(end + 1, first + 8)
         good = later[(windows.weight[later] > 0) & (windows.item[later] >= 0)]
         assert np.flatnonzero(timed.cases.target[row]).tolist() == [windows.item[good[0]]]
+
+
+def foreteller(seed: int = 1) -> Foreteller:
+    """Of random weights; 6 events of a window."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        window = WindowEncoder(WindowShape(6, 6, EVENT_TYPES, layers=1))
+    return Foreteller(window, Heads(6))
+
+
+def test_the_next_interest_of_a_case_is_of_the_window_that_its_profile_had() -> None:
+    windows, told = shop(events=12), foreteller()
+    timed = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=T0_MS + 6 * DAY_MS, foreteller=told)
+    kept = windows.as_kept()
+    for row, (user, t_ms) in enumerate(zip(timed.user.tolist(), timed.t_ms.tolist(), strict=True)):
+        mine = slice(kept.start[user], kept.start[user + 1])
+        end = kept.start[user] + np.searchsorted(kept.t_ms[mine], t_ms, side="right") - 1
+        rows = window_inputs(kept, np.array([end]), VECTORS, 6)
+        want = VECTORS @ told(*rows).next_interest[0]
+        np.testing.assert_allclose(timed.cases.signals[row, :, 0], want, atol=1e-5)
+    assert np.abs(timed.cases.signals[:, :, 0]).max() > 0.1
+
+
+def test_no_case_knows_what_came_after_it() -> None:
+    told = shop(events=12)
+    later = (told.t_ms >= T0_MS + 9 * DAY_MS) & (told.item >= 0)
+    changed = replace(told, item=np.where(later, (told.item + 3) % ITEMS, told.item))
+    cases = [
+        make_cases(w, VECTORS, HALF_LIVES_S, cut_ms=T0_MS + 6 * DAY_MS, foreteller=foreteller())
+        for w in (told, changed)
+    ]
+    early = [c.t_ms < T0_MS + 9 * DAY_MS for c in cases]
+    assert early[0].sum() > USERS
+    np.testing.assert_array_equal(*(c.t_ms[e] for c, e in zip(cases, early, strict=True)))
+    np.testing.assert_array_equal(*(c.cases.signals[e] for c, e in zip(cases, early, strict=True)))
 
 
 def planted(n: int, seed: int = 0) -> Timed:
