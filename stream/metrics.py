@@ -100,6 +100,23 @@ PROFILES_MIGRATED: Final = Counter(
     "Profiles moved to another embedding space, on touch or by the sweeper",
     ["by"], registry=REGISTRY,
 )  # fmt: skip
+OUTLOOKS_COMPUTED: Final = Counter(
+    "penchant_outlooks_computed", "Outlooks written beside their profile", registry=REGISTRY
+)
+OUTLOOKS_OVERTAKEN: Final = Counter(
+    "penchant_outlooks_overtaken",
+    "Outlooks dropped because the shopper acted again meanwhile, and waits for another",
+    registry=REGISTRY,
+)
+OUTLOOKS_LEFT_OUT: Final = Counter(
+    "penchant_outlooks_left_out",
+    "Shoppers who found no room in the queue for an outlook and keep the one they have. A steady "
+    "rate: raise STREAM_OUTLOOK_SHARE, or give workers a GPU",
+    registry=REGISTRY,
+)
+OUTLOOKS_WAITING: Final = Gauge(
+    "penchant_outlooks_waiting", "Shoppers waiting for an outlook", registry=REGISTRY
+)
 RELEASES_SWAPPED: Final = Counter(
     "penchant_releases_swapped", "Releases that this worker flipped to", registry=REGISTRY
 )

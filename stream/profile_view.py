@@ -10,12 +10,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiles import NearestItem, Profile, ProfileReader, SpaceMismatch
+from profiles import NearestItem, Outlook, Profile, ProfileReader, SpaceMismatch
 from profiles.schema import EVENT_TYPES
 
 _SHOWN_EVENTS = 8
 _SHOWN_ITEMS = 8
 _BAR_CELLS = 20
+_HEADS = {"purchase": "purchase intent", "churn": "churn"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -25,7 +26,7 @@ def printable(text: str) -> str:
 
 
 def render_profile(reader: ProfileReader, profile: Profile) -> RenderableType:
-    """Counters, interests by time scale, categories, last events, nearest items."""
+    """Counters, outlook, interests by time scale, categories, last events, nearest items."""
     tables = (
         _scales(reader, profile),
         _categories(reader, profile),
@@ -33,12 +34,15 @@ def render_profile(reader: ProfileReader, profile: Profile) -> RenderableType:
         _nearest(reader, profile),
     )
     parts: list[RenderableType] = [_heading(profile)]
+    if profile.outlook is not None:
+        parts.append(_foretold(profile.outlook))
     parts.extend(table for table in tables if table.row_count)
     return Group(*parts)
 
 
 def profile_json(reader: ProfileReader, profile: Profile, vectors: bool) -> dict[str, Any]:
-    """The same for programs; `vectors` adds the unit interest vector of each time scale."""
+    """The same for programs; `vectors` adds the unit interest vector of each time scale, and that
+    of the next interest."""
     records = reader.items(profile)
     scales: list[dict[str, Any]] = [
         {"half_life_s": half_life, "mass": round(float(mass), 6)}
@@ -57,6 +61,7 @@ def profile_json(reader: ProfileReader, profile: Profile, vectors: bool) -> dict
         "spend": profile.spend,
         "pending": profile.pending,
         "scales": scales,
+        "outlook": _outlook_json(profile.outlook, vectors) if profile.outlook else None,
         "categories": dict(reader.top_categories(profile, 10)),
         "window": [
             {
@@ -85,6 +90,30 @@ def _heading(profile: Profile) -> Text:
         f"  {profile.events:,} events, {_day(profile.first_ms)} to {_time(profile.updated_ms)}\n"
         f"{counts}{spend}{pending}\n",
     )
+
+
+def _foretold(outlook: Outlook) -> Text:
+    """`purchase intent 23 %, churn 41 %`, who says so and when."""
+    said = ", ".join(
+        f"{_HEADS.get(name, name)} {chance:.0%}".replace("%", " %")
+        for name, chance in outlook.heads.items()
+    )
+    by = f"foretold by {outlook.release} at {_time(outlook.computed_ms)}"
+    since = f", {outlook.saves_since:,} saves ago" if outlook.saves_since else ""
+    return Text(printable(f"{said or 'next interest'}, {by}{since}") + "\n")
+
+
+def _outlook_json(outlook: Outlook, vectors: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "release": outlook.release,
+        "heads": outlook.heads,
+        "updated_ms": outlook.updated_ms,
+        "computed_ms": outlook.computed_ms,
+        "saves_since": outlook.saves_since,
+    }
+    if vectors and outlook.next_interest is not None:
+        found["next_interest"] = [round(float(x), 6) for x in outlook.next_interest]
+    return found
 
 
 def _scales(reader: ProfileReader, profile: Profile) -> Table:

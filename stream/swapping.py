@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from model.engine import Engine
 from model.errors import EncoderSettingsInvalid, ModelError
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import redis
 
 log = logging.getLogger(__name__)
+
+# Of those that wait for an outlook: the others are for shoppers who act.
+_PLACES_OF_MOVED: Final = 0.5
 
 
 def publish_ranker(items: ItemStore, release: Release) -> None:
@@ -72,6 +75,7 @@ class Swapper:
             Migrator(settings.model.releases, items, updater.layout),
             lambda: updater.catalogue,
             self._wanted_space,
+            lambda users, catalogue: updater.foretell(users, catalogue, _PLACES_OF_MOVED),
             per_s=settings.stream.sweep_per_s,
         )
         self.hot_swap = HotSwap(

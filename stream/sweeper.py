@@ -69,11 +69,13 @@ class Sweeper:
         migrator: Migrator,
         catalogue: Callable[[], Catalogue],
         wanted_space: Callable[[], str],
+        moved: Callable[[list[str], Catalogue], None],
         *,
         per_s: float,
     ) -> None:
         """`store` is not shared: a writer of its own, that remembers nothing. `catalogue` gives
-        the one that serves, `wanted_space` the space that CURRENT leads to."""
+        the one that serves, `wanted_space` the space that CURRENT leads to; `moved` is told who
+        was moved."""
         self._client = client
         self._keys = keys
         self._store = store
@@ -81,6 +83,7 @@ class Sweeper:
         self._migrator = migrator
         self._catalogue = catalogue
         self._wanted_space = wanted_space
+        self._moved = moved
         self._per_s = per_s
         self._token = secrets.token_hex(8).encode()
         self._ended = threading.Event()
@@ -178,6 +181,7 @@ class Sweeper:
             ids = [users[row] for row in rows]
             names = catalogue.names_of(categories_of(part, sorted(moved)))
             refused = self._store.save(ids, part, sorted(moved), names, 0.0, renew=False)
+            self._moved([ids[row] for row in sorted(moved - set(refused))], catalogue)
             count += len(moved) - len(refused)
         metrics.PROFILES_MIGRATED.labels("sweep").inc(count)
         return count

@@ -42,6 +42,7 @@ from .forwarding import Forwarder, origin_of
 from .intake import MicroBatch, Slice
 from .migration import Migrator
 from .neighbours import Fold, PairSender, Place
+from .outlooks import Waiting
 from .scanning import Scanner, add_scanned
 from .settings import Settings
 
@@ -167,6 +168,8 @@ class Updater:
         self._forwarded_topic = settings.topic(forwarding.TOPIC)
         self._next_refresh_s = 0.0
         self._told_split = False
+        self._outlooks = Waiting(settings.stream.outlook_waiting)
+        self._apply_s = 0.0
         self._lanes = ThreadPoolExecutor(_LANES, "lane")
 
     @property
@@ -178,6 +181,16 @@ class Updater:
     def layout(self) -> Layout:
         """What its profiles keep."""
         return self._layout
+
+    @property
+    def outlooks(self) -> Waiting:
+        """Whoever was saved and may be foretold anew."""
+        return self._outlooks
+
+    @property
+    def apply_s(self) -> float:
+        """How long it has been folding and saving, ever."""
+        return self._apply_s
 
     def swap(self, catalogue: Catalogue) -> None:
         """Serve another release from the next micro-batch on; from any thread. A batch is of one
@@ -368,6 +381,7 @@ class Updater:
 
     def apply(self, prepared: Prepared) -> None:
         """Fold and save. Raises RedisUnavailable and what the profiles' state may raise."""
+        began_s = time.monotonic()
         with metrics.STAGE_S.labels("apply").time():
             catalogue = prepared.catalogue
             if self._pairs is not None and prepared.epoch > self._epoch:
@@ -376,9 +390,11 @@ class Updater:
                 self._profiles.forget_cached()
                 self._epoch = prepared.epoch
             self._in_lanes(prepared)
+            self.foretell(prepared.users, catalogue)
             for item in prepared.arrived_items:
                 self._items.resolve_waiting(item, lambda users: self._resolve(users, catalogue))
         self._report(prepared)
+        self._apply_s += time.monotonic() - began_s
         if prepared.oldest_ms:
             metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
 
@@ -512,6 +528,12 @@ class Updater:
     def _resolve(self, users: list[str], catalogue: Catalogue) -> None:
         """Fold what these users' pending events can now contribute."""
         self._rounds(_Work(users, catalogue))
+        self.foretell(users, catalogue)
+
+    def foretell(self, users: Sequence[str], catalogue: Catalogue, places: float = 1.0) -> None:
+        """Let these wait for an outlook, where the release has learned to tell; see `Waiting`."""
+        if catalogue.engine.foreteller is not None and self._settings.stream.outlook_share:
+            self._outlooks.add(users, places)
 
     def _resolve_pending(self, profiles: Profiles, catalogue: Catalogue, space: int) -> set[int]:
         waiting = arithmetic.pending_items(profiles)

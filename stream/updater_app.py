@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import faust
 from faust.app.base import BootStrategy
@@ -40,10 +40,14 @@ from .forwarding import Forwarder
 from .intake import Intake, MicroBatch
 from .migration import Migrator
 from .neighbours import GROUP, NeighbourPart, PairSender, pairs_partitions
+from .outlooks import Outlooks
 from .settings import Settings
 from .swapping import Swapper, open_space
 from .topics import connect, keeps_arrival_times
 from .updater import Prepared, Updater
+
+if TYPE_CHECKING:
+    import redis
 
 log = logging.getLogger(__name__)
 
@@ -142,16 +146,34 @@ def build_swapper(settings: Settings, updater: Updater) -> Swapper:
     client = settings.redis.connection().open()
     keys = Keys(settings.namespace)
     items = ItemStore(client, keys, settings.redis.url)
-    layout = updater.layout
-    store = ProfileStore(
+    store = _own_store(settings, updater.layout, client)
+    return Swapper(settings, updater, client, keys, store, items)
+
+
+def build_outlooks(
+    settings: Settings, updater: Updater, failed: Callable[[BaseException], None]
+) -> Outlooks:
+    """What foretells beside this updater, on a store of its own."""
+    return Outlooks(
+        updater.outlooks,
+        _own_store(settings, updater.layout, settings.redis.connection().open()),
+        lambda: updater.catalogue,
+        lambda: updater.apply_s,
+        failed,
+        share=settings.stream.outlook_share,
+    )
+
+
+def _own_store(settings: Settings, layout: Layout, client: redis.Redis) -> ProfileStore:
+    """Beside the updater's: another writer, that remembers nothing."""
+    return ProfileStore(
         client,
-        keys,
+        Keys(settings.namespace),
         layout,
         ttl_s=settings.profile.ttl_days * 86_400,
         writer=secrets.randbits(64),
         where=settings.redis.url,
     )
-    return Swapper(settings, updater, client, keys, store, items)
 
 
 class Pipeline:
@@ -278,6 +300,7 @@ class Worker:
         patience = Patience(settings.redis.patience_s)
         updater = patience(lambda: build_updater(settings, engine, partitions))
         self._swapper = build_swapper(settings, updater)
+        self._outlooks = build_outlooks(settings, updater, self._failed)
         self._pipeline = Pipeline(updater, patience, self._failed)
         self.error: BaseException | None = None
         self._neighbours: NeighbourPart | None = None
@@ -331,6 +354,7 @@ class Worker:
         gc.set_threshold(*_GC_THRESHOLDS)
         server = metrics.serve(self._settings.stream.metrics_port, self.live, self.ready)
         self._swapper.start()
+        self._outlooks.start()
         worker = FaustWorker(
             self.app, loglevel="INFO", logging_config=None, override_logging=False,
             redirect_stdouts=False, quiet=True,
@@ -343,6 +367,7 @@ class Worker:
                 raise
         finally:
             gc.unfreeze()  # or libraries complain at the end of what was never collected
+            self._outlooks.stop()
             self._swapper.stop()
             if server is not None:
                 server.stop()

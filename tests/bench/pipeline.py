@@ -38,6 +38,7 @@ from stream.events import Click
 from stream.local_servers import RedisServer
 from stream.settings import Settings
 from stream.topics import create_topics
+from tests.foretelling import build_foretelling_release
 
 from . import ceilings, report, watching, workloads
 
@@ -265,6 +266,8 @@ def _bench(fresh_s: float) -> Iterator[Bench]:
     texts = workloads.texts(data)
     _say("building the release and encoding the catalogue")
     release = build_base(RELEASES, "bundled", list(texts.values()), 128, now=datetime.now(UTC))
+    # As a shop's is that has learned: outlooks are computed beside the fold.
+    release = build_foretelling_release(release, 0, events=50, layers=2)
     make_current(release)
     vectors = Engine(release).encode(list(texts.values()))
     items = {

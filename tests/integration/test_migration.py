@@ -108,7 +108,15 @@ def sweeper(
     migrator = Migrator(base.path.parent, items, LAYOUT)
     keys = Keys(namespace)
     return Sweeper(
-        redis_client, keys, store, items, migrator, lambda: catalogue, lambda: "", per_s=per_s
+        redis_client,
+        keys,
+        store,
+        items,
+        migrator,
+        lambda: catalogue,
+        lambda: "",
+        lambda users, catalogue: None,
+        per_s=per_s,
     )
 
 

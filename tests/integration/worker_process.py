@@ -36,6 +36,7 @@ from stream.settings import Settings
 from stream.updater_app import (
     Patience,
     Pipeline,
+    build_outlooks,
     build_swapper,
     build_updater,
     find_topics,
@@ -122,6 +123,7 @@ class LocalWorker:
         patience = Patience(settings.redis.patience_s)
         self.updater = patience(lambda: build_updater(settings, engine, partitions))
         self.swapper = build_swapper(settings, self.updater)
+        self.outlooks = build_outlooks(settings, self.updater, self._fail)
         self.pipeline = Pipeline(self.updater, patience, self._fail)
         self._batches: asyncio.Queue[MicroBatch] = asyncio.Queue()
         self.intake = Intake(settings, topics, self._batches.put, self._fail)
@@ -136,6 +138,7 @@ class LocalWorker:
 
     def stop(self) -> None:
         """As a signal would."""
+        self.outlooks.stop()
         self.swapper.stop()
         if self._loop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
@@ -145,6 +148,7 @@ class LocalWorker:
     def __enter__(self) -> Self:
         self._thread.start()
         self.swapper.start()
+        self.outlooks.start()
         eventually("it holds partitions", lambda: self.intake.assigned() or self.error)
         return self
 
