@@ -7,6 +7,7 @@ archive, no release and no gate.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -84,7 +85,7 @@ class WholeProfile:
         self._own = OwnFrequency(n_items)
         self._near = ItemNeighbours(n_items)
         self._items = Popular(n_items, _ITEM_HALF_LIFE_MS)
-        self._users = _Users(n_users, settings.events)
+        self._users = _Users(n_users, settings.events, catalogue.item_ids)
         self._vectors = base.vectors(catalogue)
         self._text = TextSteps(self._vectors, n_users, _STEP)
         self._weights = ranker.first_weights()
@@ -204,9 +205,12 @@ class WholeProfile:
 
 
 class _Users:
-    """The last events of n users, newest last, as rings of `length`."""
+    """The last events of n users, newest last, as rings of `length`; those of one instant stand as
+    in the windows that training reads, by the hash of their item."""
 
-    def __init__(self, n_users: int, length: int) -> None:
+    def __init__(self, n_users: int, length: int, item_ids: list[str]) -> None:
+        hashes = [hashlib.sha256(item_id.encode()).digest()[:8] for item_id in item_ids]
+        self._order = np.frombuffer(b"".join([*hashes, bytes(8)]), "<u8")  # NO_ITEM is the last
         self.count = np.zeros(n_users, dtype=np.int64)
         self._item = np.full((n_users, length), NO_ITEM, dtype=np.int32)
         self._type = np.zeros((n_users, length), dtype=np.uint8)
@@ -214,7 +218,8 @@ class _Users:
 
     def update(self, events: Events) -> None:
         length = self._item.shape[1]
-        for i, user in enumerate(events.user.tolist()):
+        order = np.lexsort((events.type, events.weight, self._order[events.item], events.t_ms))
+        for i, user in zip(order.tolist(), events.user[order].tolist(), strict=True):
             at = self.count[user] % length
             self._item[user, at] = events.item[i]
             self._type[user, at] = events.type[i]
