@@ -531,8 +531,7 @@ def test_an_outlook_is_read_with_its_profile_and_grows_old_with_every_save(
     with ProfileReader(redis_url, namespace) as reader:
         assert reader.outlook("user 0") is None
         assert foretell(store, users, store.load(users, anew=True)) == []
-        told = reader.get_many(users)
-        assert all(told[user].outlook == reader.outlook(user) is not None for user in users[:2])
+        assert all(profile.outlook for profile in reader.get_many(users).values())
         fold(store, in_topic([item_event(0), item_event(1, user_id="user 299")], SOURCES[1:]))
         found = [reader.outlook(user) for user in ("user 0", "user 299")]
     assert [o.saves_since for o in found if o] == [0, 1]
