@@ -137,11 +137,11 @@ class Outlooks:
             self._failed(error)
 
     def _turn(self) -> None:
-        catalogue = self._catalogue()
-        device = catalogue.engine.device.type
+        device = self._catalogue().engine.device.type
         users = self._waiting.take(_BATCH.get(device, _BATCH_ON_GPU), _LOOKS_UP_S)
         if not users:
             return
+        catalogue = self._catalogue()  # now: whoever waits may wait because it is another
         began_s, spent_s = time.monotonic(), time.thread_time()
         try:
             self.compute(users, catalogue)
