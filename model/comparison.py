@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from . import training_rows as tr
+from .candidate import Candidate
 from .evaluate import UserBootstrap, auc, calibration_error, metric, ranks
 from .gate import Comparison, Figure
 from .heads import HEADS, Heads
-from .projection import unit_rows
-from .trainer import Candidate, window_inputs
+from .training_data import next_interests, sample, window_inputs
 from .window_encoder import WindowEncoder
 from .windows import Labelled
 
@@ -28,7 +28,6 @@ Ints = npt.NDArray[np.int64]
 
 METRIC = "recall@20"
 _CHUNK = 256  # windows ranked at a time
-_DECAY = 0.8  # per event, in the profile of a release without a window encoder
 _NEW_USER_EVENTS = 5
 _RARE_EVENTS = 3  # training events of an item that is rare
 
@@ -48,12 +47,7 @@ class Contender:
 
     def interests(self, windows: Labelled, ends: Ints, events: int) -> Floats:
         """(k, D) next interests after the windows that end with events `ends` (k,)."""
-        inputs, types, t_ms, length = window_inputs(windows, ends, self.vectors, events)
-        if self.window is not None and self.window.shape.events >= inputs.shape[1]:
-            return self.window.encode(inputs, types, t_ms, length)
-        age = length[:, None] - 1 - np.arange(inputs.shape[1])  # (k, L)
-        weight = np.where(age >= 0, _DECAY ** np.maximum(age, 0), 0.0)
-        return unit_rows(np.einsum("kl,kld->kd", weight, inputs))
+        return next_interests(windows, ends, self.vectors, self.window, events)
 
     def chances(self, windows: Labelled, ends: Ints, events: int) -> dict[str, Floats]:
         """(k,) of each head after those windows; {} without heads."""
@@ -133,7 +127,7 @@ class _Ranked:
         most: int,
         seed: int,
     ) -> _Ranked:
-        ends = _sample(np.flatnonzero(where), most, seed)
+        ends = sample(np.flatnonzero(where), most, seed)
         spread = targets.stop[ends] - targets.first[ends]
         end = np.repeat(ends, spread)
         item = np.concatenate(
@@ -175,7 +169,7 @@ def _heads(
     seed: int,
 ) -> tuple[tuple[Figure, ...], tuple[Figure, ...]]:
     """AUC, and calibration errors with their sign turned, of heads that both contenders have."""
-    ends = _sample(np.flatnonzero(windows.t_ms >= cut_ms), most, seed)
+    ends = sample(np.flatnonzero(windows.t_ms >= cut_ms), most, seed)
     chances = [
         contender.chances(windows, ends, events) if len(ends) else {} for contender in contenders
     ]
@@ -213,9 +207,3 @@ def _weights(contender: Contender) -> list[npt.NDArray[Any]]:
 
 def _parts(ends: Ints) -> list[Ints]:
     return [ends[i : i + _CHUNK] for i in range(0, len(ends), _CHUNK)]
-
-
-def _sample(ends: Ints, most: int, seed: int) -> Ints:
-    if len(ends) <= most:
-        return ends
-    return np.sort(np.random.default_rng(seed).choice(ends, most, replace=False))

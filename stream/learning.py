@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from model import candidate as parts
 from model import gate, trainer
 from model.catalogue_vectors import CatalogueVectors
 from model.comparison import Contender, compare
@@ -49,7 +50,7 @@ from .ranker_learning import FittedRanker, fit_ranker
 from .settings import Settings
 
 # Files of a candidate that a release takes as they are.
-_PARTS: Final = (trainer.WINDOW, trainer.HEADS_FILE, trainer.ITEMS, trainer.ITEM_IDS)
+_PARTS: Final = (parts.WINDOW, parts.HEADS_FILE, parts.ITEMS, parts.ITEM_IDS)
 _DAY_MS: Final = 86_400_000
 
 Progress = Callable[[str, int, int], None]

@@ -91,7 +91,7 @@ def test_only_the_last_layers_are_free(small_base: Path) -> None:
 def test_an_unknown_way_and_a_missing_package_say_what_to_do(
     small_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(EncoderSettingsInvalid, match="TRAIN_TOWER"):
+    with pytest.raises(EncoderSettingsInvalid, match="LEARN_TOWER"):
         TunableTower(small_base, TEXTS, "some", device="cpu")  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(PackageMissing, match="install it"):
