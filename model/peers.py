@@ -27,6 +27,9 @@ class Alone:
     def add_up(self, parameters: list[nn.Parameter]) -> None:
         pass
 
+    def wait(self) -> None:
+        pass
+
 
 class Together:
     """Processes that each take part of a step's batches and add up their gradients."""
@@ -48,6 +51,10 @@ class Together:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self._accelerator.reduce(parameter.grad, "sum")
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        self._accelerator.wait_for_everyone()
 
 
 def peers(distributed: bool) -> Alone | Together:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
 import json
 import math
 import resource
@@ -470,8 +471,11 @@ class _Run:
         digest = hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode())
         for data in (self.data, self.older):
             if data is not None:
-                for column in (data.windows.start, data.windows.item, data.windows.t_ms):
+                w = data.windows
+                for column in (w.start, w.item, w.type, w.t_ms, w.weight, w.purchase, w.returns):
                     digest.update(np.ascontiguousarray(column).tobytes())
+        if self.tower is not None:
+            digest.update("\n".join(self.tower.state_dict()).encode())
         digest.update(self.catalogue.features.tobytes())
         digest.update(self.base.vectors(self.catalogue).tobytes())
         return digest.hexdigest()
@@ -479,7 +483,8 @@ class _Run:
     def _checkpoint(self) -> None:
         if not self.peers.first:
             return
-        draft = self.folder / f".{CHECKPOINT}"
+        # Through memory: torch's own writer names no reason when a disk is full.
+        packed = io.BytesIO()
         torch.save(
             {
                 "fingerprint": self._fingerprint,
@@ -490,8 +495,10 @@ class _Run:
                 "random": torch.get_rng_state(),
                 "device_random": torch.cuda.get_rng_state_all(),
             },
-            draft,
+            packed,
         )
+        draft = self.folder / f".{CHECKPOINT}"
+        draft.write_bytes(packed.getbuffer())
         draft.replace(self.folder / CHECKPOINT)
 
     def _resume(self) -> None:

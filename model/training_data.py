@@ -5,6 +5,7 @@ Knows tensors and windows; knows no weights and no loop.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,19 @@ def next_interests(
     age = length[:, None] - 1 - np.arange(inputs.shape[1])  # (k, L)
     weight = np.where(age >= 0, _STALE_DECAY ** np.maximum(age, 0), 0.0)
     return unit_rows(np.einsum("kl,kld->kd", weight, inputs))
+
+
+def decayed_interests(
+    windows: Labelled, end: int, vectors: Floats, half_lives_s: Sequence[float]
+) -> Floats:
+    """Unit rows (K, D): a profile's interests after event `end`, one for each of K half-lives, of
+    all the events that its user has in `windows` up to it."""
+    first = int(windows.start[np.searchsorted(windows.start, end, side="right") - 1])
+    at = np.arange(first, end + 1)
+    at = at[(windows.weight[at] != 0) & (windows.item[at] >= 0)]
+    age_s = (windows.t_ms[end] - windows.t_ms[at]) / 1000.0  # (m,)
+    share = np.exp2(-age_s / np.asarray(half_lives_s)[:, None]) * windows.weight[at]  # (K, m)
+    return unit_rows(share @ vectors[windows.item[at]])
 
 
 class Data:

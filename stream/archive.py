@@ -41,6 +41,7 @@ from profiles.schema import TYPE_CODE, key_bytes
 from . import events as ev
 from .errors import UserError
 from .labelling import Archived
+from .times import DAY_MS, HOUR_MS
 
 SCHEMA: Final = pa.schema(
     [
@@ -60,8 +61,6 @@ SCHEMA: Final = pa.schema(
     metadata={"penchant.archive": "1"},
 )
 
-HOUR_MS: Final = 3_600_000
-_DAY_MS: Final = 24 * HOUR_MS
 _ALL_DAY: Final = -1
 # A replay of years in minutes would leave thousands of files per flush, one for each hour.
 _MOST_HOURS: Final = 48
@@ -102,12 +101,12 @@ class Segment:
     @property
     def start_ms(self) -> int:
         """First event time that may be in it."""
-        return self.day * _DAY_MS + max(self.hour, 0) * HOUR_MS
+        return self.day * DAY_MS + max(self.hour, 0) * HOUR_MS
 
     @property
     def end_ms(self) -> int:
         """First event time that is too late for it."""
-        return self.start_ms + (_DAY_MS if self.hour == _ALL_DAY else HOUR_MS)
+        return self.start_ms + (DAY_MS if self.hour == _ALL_DAY else HOUR_MS)
 
 
 def parse_name(name: str) -> Segment | None:
@@ -600,7 +599,7 @@ class Archive:
         for segment in sizes:
             by_hour[segment.hour].append(segment)
         whole = self._all(by_hour.pop(_ALL_DAY, []))
-        at = pc.divide(pc.subtract(whole["t_ms"], day * _DAY_MS), HOUR_MS)
+        at = pc.divide(pc.subtract(whole["t_ms"], day * DAY_MS), HOUR_MS)
         for hour in sorted(by_hour.keys() | set(pc.unique(at).to_pylist())):
             if hour >= first_hour:
                 parts = [whole.filter(pc.equal(at, hour)), self._all(by_hour.get(hour, []))]

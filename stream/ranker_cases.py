@@ -9,7 +9,7 @@ stays 0, as there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from model import training_rows as tr
 from model.ranker import Cases
+from model.training_data import decayed_interests
 from model.windows import Labelled
 from profiles import neighbours, ranking
-from profiles.arithmetic import Floats, Ints, unit
+from profiles.arithmetic import Floats, Ints
 from profiles.neighbours import Neighbours, Pairs, Tallies, TallyLayout
 from profiles.schema import NEAR_ENTRY, PAIR_ENTRY, WINDOW_ENTRY
 
+TEXT: Final = ranking.SIGNALS.index("text")
 _BLOCKS: Final = 40
 _PAIRS_AT_ONCE: Final = 100_000  # events
 # Scores of a case take 16 bytes an item: at most 400 MB.
@@ -36,6 +38,14 @@ class Timed:
     cases: Cases
     user: Ints  # (n,) of each case
     t_ms: Ints  # (n,)
+    end: Ints  # (n,) the event that each comes after
+
+    def take(self, rows: Ints) -> Timed:
+        """The cases of these rows."""
+        c = self.cases
+        parts = (c.signals, c.item_log_events, c.shopper, c.target, c.log_chance)
+        cases = Cases(*(part[rows] for part in parts))
+        return Timed(cases, self.user[rows], self.t_ms[rows], self.end[rows])
 
 
 def make_cases(
@@ -77,7 +87,7 @@ def make_cases(
             seen = _entries(windows, first, end + 1)[-window:]
             own = ranking.own_frequency(seen)
             near = ranking.nearby(seen, counted.near(seen))
-            signals[row, :, 1] = vectors @ _interest(windows, vectors, first, end, half_lives_s)
+            signals[row, :, TEXT] = _text(windows, vectors, end, half_lives_s)
             pulled = np.array(list(near), dtype=np.int64) - 1
             for item, weight in zip(pulled.tolist(), near.values(), strict=True):
                 signals[row, item, 2] = ranking.covisitation(weight, float(counts[item]))
@@ -87,7 +97,17 @@ def make_cases(
             target[row, targets.item[targets.first[end] : targets.stop[end]]] = 1.0
             shopper[row] = ranking.shopper_features(seen, end - first + 1)
     cases = Cases(signals, known, shopper, target, np.zeros((n, size), dtype=np.float32))
-    return Timed(cases, owner[ends], windows.t_ms[ends])
+    return Timed(cases, owner[ends], windows.t_ms[ends], ends)
+
+
+def with_vectors(
+    timed: Timed, windows: Labelled, vectors: Floats, half_lives_s: tuple[float, ...]
+) -> Timed:
+    """The same cases with the text signal of other item vectors (C, D)."""
+    signals = timed.cases.signals.copy()
+    for row, end in enumerate(timed.end.tolist()):
+        signals[row, :, TEXT] = _text(windows, vectors, end, half_lives_s)
+    return replace(timed, cases=replace(timed.cases, signals=signals))
 
 
 def _entries(windows: Labelled, first: int, stop: int) -> NDArray[Any]:
@@ -100,16 +120,10 @@ def _entries(windows: Labelled, first: int, stop: int) -> NDArray[Any]:
     return out
 
 
-def _interest(
-    windows: Labelled, vectors: Floats, first: int, end: int, half_lives_s: tuple[float, ...]
-) -> Floats:
-    """(D,) what a vector's product with is the mean cosine to all time scales."""
-    at = np.arange(first, end + 1)
-    at = at[(windows.weight[at] != 0) & (windows.item[at] >= 0)]
-    age_s = (windows.t_ms[end] - windows.t_ms[at]) / 1000.0  # (m,)
-    share = np.exp2(-age_s / np.asarray(half_lives_s)[:, None]) * windows.weight[at]  # (K, m)
-    mean: Floats = unit((share @ vectors[windows.item[at]]).astype(np.float32)).mean(axis=0)
-    return mean
+def _text(windows: Labelled, vectors: Floats, end: int, half_lives_s: tuple[float, ...]) -> Floats:
+    """(C,) mean cosines to all time scales."""
+    found: Floats = vectors @ decayed_interests(windows, end, vectors, half_lives_s).mean(axis=0)
+    return found
 
 
 class _Counted:

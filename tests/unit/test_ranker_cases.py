@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from model import training_rows as tr
 from model.windows import Labelled
 from stream import ranker_learning
 from stream.ranker_cases import Timed, make_cases
@@ -38,8 +39,6 @@ def shop(events: int, users: int = USERS, seed: int = 1) -> Labelled:
         type=np.zeros(n, np.uint8),
         t_ms=t_ms,
         weight=weight,
-        next_item=none.astype(np.int32),
-        next_type=none,
         purchase=none,
         returns=none,
     )
@@ -47,7 +46,7 @@ def shop(events: int, users: int = USERS, seed: int = 1) -> Labelled:
 
 def history(windows: Labelled, before_ms: int) -> list[Event]:
     """All events before a time, as the oracle takes them; the key of item i is i + 1."""
-    owner = windows.owner()
+    owner = tr.owners(windows)
     order = np.argsort(windows.t_ms, kind="stable")
     return [
         Event(
@@ -116,7 +115,7 @@ def planted(n: int, seed: int = 0) -> Timed:
         target=target,
         log_chance=np.zeros((n, items), np.float32),
     )
-    return Timed(cases, np.arange(n), np.arange(n))
+    return Timed(cases, np.arange(n), np.arange(n), np.arange(n))
 
 
 def test_a_ranker_is_kept_where_it_is_better_beyond_noise() -> None:
