@@ -128,7 +128,7 @@ def _train(
         how,
         replay=older,
         tower=tower,
-        tensorboard=learn.tensorboard / parent.id if learn.tensorboard else None,
+        tensorboard=Path(learn.tensorboard) / parent.id if learn.tensorboard else None,
         progress=progress,
     )
 

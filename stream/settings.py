@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from profiles import Connection
@@ -190,7 +190,7 @@ class LearnSettings(_Group):
     """Layers that `last` sets free."""
     distributed: bool = False
     """Share each step out among processes that `accelerate launch` started."""
-    tensorboard: Path | None = None
+    tensorboard: str = ""
     """Folder of TensorBoard logs; none are written without."""
     margin: Annotated[float, Field(ge=0)] = 0.0
     """How much better a candidate must be on the newest windows, beyond noise (Recall@20)."""
@@ -217,11 +217,6 @@ class LearnSettings(_Group):
     neighbours: bool = False
     """Keep items' neighbours: what shoppers did next to each, with every event."""
     seed: int = 0
-
-    @field_validator("tensorboard", mode="before")
-    @classmethod
-    def _folder_or_none(cls, value: Any) -> Any:
-        return value or None  # an empty variable is none
 
 
 class Settings(BaseSettings):

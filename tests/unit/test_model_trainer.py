@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model import training_rows as tr
 from model.errors import NothingToLearn, PackageMissing, WeightsUnavailable
 from model.projection import unit_rows
 from model.trainer import Base, Candidate, Catalogue, TrainSettings, learning_rate, train
@@ -101,26 +102,57 @@ def test_the_compatibility_term_keeps_vectors_near_the_base(
     assert near.metrics["cosine_to_base"] > candidate.metrics["cosine_to_base"] + 0.1
 
 
-@pytest.mark.parametrize("option", [{"full_below": 0}, {"hard_negatives": 3}, {"accumulate": 3}])
-def test_each_way_of_training_learns(option: dict[str, int], tmp_path: Path) -> None:
-    settings = replace(SMALL, negatives=6, **option)
-    assert trained(tmp_path, settings).metrics["newest"]["mrr"] > 0.8
+@pytest.mark.parametrize("option", [{"full_below": 0}, {"hard_negatives": 3}])
+def test_other_negatives_are_other_losses_and_teach_as_well(
+    option: dict[str, int], candidate: Candidate, tmp_path: Path
+) -> None:
+    found = trained(tmp_path, replace(SMALL, negatives=6, **option)).metrics
+    assert found["newest"]["mrr"] > 0.8
+    more = found["first_loss"] - candidate.metrics["first_loss"]
+    # Hard negatives come on top of all items; a sample is fewer.
+    assert more > 0.1 if "hard_negatives" in option else more < -0.1
 
 
-def test_older_windows_are_replayed(tmp_path: Path) -> None:
+def test_accumulated_batches_are_one_step(candidate: Candidate, tmp_path: Path) -> None:
+    found = trained(tmp_path, replace(SMALL, accumulate=3, epochs=10)).metrics
+    each = candidate.metrics["steps"] / candidate.metrics["epochs"]
+    assert found["steps"] / found["epochs"] == pytest.approx(-(-each // 3))
+    assert found["newest"]["mrr"] > 0.8
+
+
+def test_replay_keeps_what_older_windows_taught(candidate: Candidate, tmp_path: Path) -> None:
+    """The newest shoppers go back and forth between two items; the older went round."""
     item = np.tile(np.array([0, 1]), (40, 5))
     t_ms = np.tile(np.arange(10) * DAY_MS, (40, 1))
+    shop, older = catalogue(), circle()
+    before = Base(candidate.projection, candidate)
+    ends = np.flatnonzero(tr.find_targets(older).first < tr.find_targets(older).stop)
+
+    def remembered(folder: Path, share: float) -> float:
+        settings = replace(SMALL, epochs=4, replay_share=share)
+        after = train(labelled(item, t_ms), shop, before, TYPES, folder, settings, replay=older)
+        nearest = (after.next_interests(older, ends) @ after.vectors.T).argmax(axis=1)
+        return float((nearest == (older.item[ends] + 1) % 12).mean())
+
+    forgetful, mindful = remembered(tmp_path / "a", 0.0), remembered(tmp_path / "b", 1.0)
+    assert mindful > forgetful + 0.3
+
+
+@pytest.mark.parametrize(("worthy", "cheap"), [(1, 2), (2, 1)])
+def test_what_a_target_is_worth_decides_between_equals(
+    worthy: int, cheap: int, tmp_path: Path
+) -> None:
+    """After item 0 half go to item 1 and half to item 2, and one of them is worth five times as
+    much as the other."""
+    after = np.random.default_rng(0).permuted(np.tile([1, 2], (60, 3)), axis=1)
+    item = np.stack([np.zeros_like(after), after], axis=2).reshape(60, 12)
+    windows = labelled(item, np.tile(np.arange(12) * DAY_MS, (60, 1)))
+    windows.weight[windows.item == cheap] = 0.2
     shop = catalogue()
-    candidate = train(
-        labelled(item, t_ms),
-        shop,
-        base(shop),
-        TYPES,
-        tmp_path,
-        replace(SMALL, epochs=1),
-        replay=circle(),
-    )
-    assert (candidate.counts > 0).all()
+    found = train(windows, shop, base(shop), TYPES, tmp_path, replace(SMALL, epochs=8))
+    ends = np.arange(0, len(windows), 12)
+    scores = found.next_interests(windows, ends) @ found.vectors.T
+    assert (scores[:, worthy] > scores[:, cheap]).all()
 
 
 def _train_and_die(folder: Path, step: int) -> None:
@@ -212,6 +244,19 @@ def test_nothing_to_learn_from_says_what_would_help(tmp_path: Path) -> None:
     empty = Catalogue([], np.zeros((0, 24), dtype=np.float32))
     with pytest.raises(NothingToLearn, match="catalogue is empty"):
         train(circle(), empty, base(shop), TYPES, tmp_path, SMALL)
+
+
+def test_logs_hold_losses_of_all_steps_and_a_figure_of_each_epoch(tmp_path: Path) -> None:
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = trained(tmp_path / "candidate", tensorboard=tmp_path / "logs").metrics
+    logs = board.EventAccumulator(str(tmp_path / "logs"))
+    logs.Reload()
+    losses = [event.value for event in logs.Scalars("train/loss")]
+    assert len(losses) == found["steps"]
+    assert np.mean(losses[-20:]) == pytest.approx(found["last_loss"], rel=1e-4)
+    figures = [event.value for event in logs.Scalars("newest/ndcg@20")]
+    assert len(figures) == found["epochs"]
+    assert max(figures) == pytest.approx(found["newest"]["ndcg@20"], rel=1e-4)
 
 
 def test_logs_without_tensorboard_say_what_to_install(
