@@ -41,6 +41,7 @@ from profiles.schema import TYPE_CODE, key_bytes
 from . import events as ev
 from .errors import UserError
 from .labelling import Archived
+from .lease import LEASE_S, Lease
 from .times import DAY_MS, HOUR_MS
 
 SCHEMA: Final = pa.schema(
@@ -209,11 +210,13 @@ class Folder:
 
 
 class ObjectStore:
-    """Any fsspec file system. An object appears when its upload is complete. There is no lock:
-    that only one trainer writes to it is up to who starts them."""
+    """Any fsspec file system. An object appears when its upload is complete."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, lease_s: float = LEASE_S) -> None:
         import fsspec
+
+        self._lease: Lease | None = None
+        self._lease_s = lease_s
 
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url)
@@ -236,16 +239,25 @@ class ObjectStore:
         return self._fs.open(f"{self._root}/{name}", "rb")
 
     def write(self, files: Mapping[str, Any]) -> None:
+        self._check()
         with ThreadPoolExecutor(_WRITERS, "archive-write") as pool:
             paths = [f"{self._root}/{name}" for name in files]
             list(pool.map(self._fs.pipe_file, paths, map(bytes, files.values())))
 
     def remove(self, name: str) -> None:
+        self._check()
         with suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{name}")
 
     def lock(self) -> Callable[[], None]:
-        return lambda: None
+        lease = Lease(self._fs, f"{self._root}/.lock", self._lease_s)
+        give_up = lease.take()
+        self._lease = lease
+        return give_up
+
+    def _check(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
 
 def _sync(folder: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_candidate_that_knows_no_better_is_turned_down_and_nothing_moves(
     noise: list[Event] = [
         Purchase(user_id=f"u{j}", item_id=f"i{chance.randrange(ITEMS):02}", ts=T0_MS + k * DAY_MS)
         for k in range(12)
-        for j in range(200)
+        for j in range(300)
     ]
     _fill(shop, noise)
     before = load_current(shop.model.releases)
@@ -493,7 +493,7 @@ def test_a_shop_of_one_item_is_turned_down_without_a_fuss(
     events: list[Event] = [
         Purchase(user_id=f"u{j}", item_id="i00", ts=T0_MS + k * DAY_MS)
         for k in range(12)
-        for j in range(60)
+        for j in range(300)
     ]
     _fill(shop, events)
     outcome = turn()
