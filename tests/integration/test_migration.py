@@ -136,9 +136,8 @@ def test_a_sweep_moves_everybody_once_and_leaves_the_expiry(
     told = progress(redis_client, Keys(namespace), new.engine.space)
     assert told is not None
     assert (told.moved, told.done) == (len(USERS), True)
-    shown = {metric.name: metric.samples[0].value for metric in metrics.REGISTRY.collect()}
-    assert shown["penchant_sweep_moved"] == len(USERS)
-    assert shown["penchant_sweep_seen"] == told.seen >= 2 * len(USERS)
+    assert metrics.REGISTRY.get_sample_value("penchant_sweep_moved") == len(USERS)
+    assert metrics.REGISTRY.get_sample_value("penchant_sweep_seen") == told.seen >= 2 * len(USERS)
     assert redis_client.ttl(Keys(namespace).profile("u0")) <= left_s
     wanted = new.resolve([key64("A-3")], {}).vectors[0]
     np.testing.assert_allclose(store.load(["u3"]).header["sums"][0, 0], wanted, atol=1e-5)
