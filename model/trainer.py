@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +34,13 @@ from . import training_rows as tr
 from .candidate import ENCODER, Base, Candidate, Catalogue
 from .errors import NonFiniteVectors, NothingToLearn, PackageMissing
 from .evaluate import auc, calibration_error
-from .heads import HEADS, Heads
+from .heads import Heads
 from .item_vectors import ItemVectors
-from .objective import balanced_bce, drift, log_chances, sampled_softmax
 from .peers import peers
-from .training_data import Batch, Data
-from .window_encoder import WindowEncoder, WindowShape, unit
+from .train_settings import TrainSettings
+from .training_data import Data
+from .training_loss import Learner, StepLoss, Tower
+from .window_encoder import WindowEncoder, WindowShape
 from .windows import Labelled
 
 __all__ = ["Base", "Candidate", "Catalogue", "Tower", "TrainSettings", "learning_rate", "train"]
@@ -50,90 +51,8 @@ Tensor = torch.Tensor
 
 CHECKPOINT = "checkpoint.pt"
 
-_FIRST_SCALE = 14.0  # 1 / 0.07, the first inverse temperature of CLIP (Radford et al. 2021)
-_LAST_SCALE = 100.0
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a candidate is trained. The defaults are for a shop's fine-tune on two CPU cores."""
-
-    seed: int = 0
-    epochs: int = 8
-    events: int = 50
-    """N: events of a window."""
-    layers: int = 2
-    dropout: float = 0.3
-    batch_events: int = 1024
-    """Positions of a step; many small steps learn more than few large ones."""
-    accumulate: int = 1
-    """Batches whose gradients are added up before a step."""
-    learning_rate: float = 2e-3
-    last_rate_share: float = 0.1
-    warmup_steps: int = 100
-    clip: float = 5.0
-    negatives: int = 1024
-    """Items drawn evenly in each step, beside the other positions' targets."""
-    full_below: int = 2048
-    """Catalogues with at most so many learned items are ranked whole in each step."""
-    hard_negatives: int = 0
-    """Nearest items to each target that count as its negatives, too."""
-    compatibility: float = 1.0
-    """Weight of the term that keeps item vectors near the base's. On Online Retail 1 cost no
-    NDCG and raised the mean cosine to the base from .71 to .93 (from .35 to .87 in a first
-    training); 5 cost 6 % of Recall@20."""
-    head_weight: float = 0.1
-    residual_least: int = 3
-    """Items with so few training events are served without a residual."""
-    newest_share: float = 0.1
-    """Of the events, kept apart to decide when to stop."""
-    replay_share: float = 0.25
-    """Rows of older windows, as a share of the rows of new ones."""
-    patience: int = 3
-    """Epochs without a better NDCG on the newest slice before stopping."""
-    checkpoint_steps: int = 500
-    device: str = "auto"
-    distributed: bool = False
-    """Share each step's batches out among processes, through `accelerate`."""
-
-
-class Tower(Protocol):
-    """A text tower that learns along (see `tower_tuning`)."""
-
-    rate_share: float
-    """Of the learning rate: what was trained for long is spoilt by steps that suit a beginner."""
-
-    def parameters(self) -> list[nn.Parameter]: ...
-
-    def features(self, rows: Tensor) -> Tensor:
-        """Unit rows (k, W) of catalogue rows (k,), with gradients."""
-        ...
-
-    def all_features(self) -> Floats:
-        """Unit rows (n, W) of the whole catalogue, as it is now."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-    def save(self, folder: Path) -> None: ...
-
-
-class Learner(nn.Module):
-    """Everything that is trained, as one module."""
-
-    def __init__(self, items: ItemVectors, window: WindowEncoder, heads: Heads) -> None:
-        super().__init__()
-        self.items = items
-        self.window = window
-        self.heads = heads
-        self.log_scale = nn.Parameter(torch.tensor(math.log(_FIRST_SCALE)))
-
-    def scale(self) -> Tensor:
-        return self.log_scale.exp().clamp(max=_LAST_SCALE)
 
 
 def train(
@@ -209,8 +128,8 @@ class _Run:
         self.tower = tower
         self.old = torch.from_numpy(base.vectors(catalogue)).to(self.device)  # (n, D)
         self.learner = self._learner(types).to(self.device)
-        self.weights = self.learner.heads.set_balance(self.data.labels(self.data.trained))
-        self._candidates()
+        balance = self.learner.heads.set_balance(self.data.labels(self.data.trained))
+        self.loss = StepLoss(self.learner, tower, self.old, self.counts, balance, settings)
         groups: list[dict[str, Any]] = [{"params": list(self.learner.parameters()), "share": 1.0}]
         if tower is not None:
             groups.append({"params": tower.parameters(), "share": tower.rate_share})
@@ -244,18 +163,6 @@ class _Run:
             learner.window.load_state_dict(earlier.window.state_dict())
             learner.heads.load_state_dict(earlier.heads.state_dict())
         return learner
-
-    def _candidates(self) -> None:
-        # Only items that were met are negatives: an item that is always one learns to hide.
-        known = np.flatnonzero(self.counts)
-        self.known = torch.from_numpy(known).to(self.device)
-        self.whole = len(known) <= self.settings.full_below
-        self.column = torch.full((len(self.counts),), -1, dtype=torch.long, device=self.device)
-        self.column[self.known] = torch.arange(len(known), device=self.device)
-        shares = self.counts[known] / max(self.counts.sum(), 1)
-        self.shares = torch.from_numpy(shares.astype(np.float32)).to(self.device)
-
-    # --- the loop ---------------------------------------------------------------------------
 
     def finish(self, tensorboard: Path | None, progress: Progress) -> Candidate:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -337,7 +244,8 @@ class _Run:
         self, data: Data, first: Ints, length: Ints, rng: np.random.Generator, parts: int
     ) -> float:
         with self._precision():
-            loss = self._loss(data, first, length, rng) / parts
+            batch = data.batch(first, length, rng, self.device)
+            loss = self.loss(batch, rng) / parts
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
@@ -355,76 +263,6 @@ class _Run:
         if self.device.type == "cpu":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def _loss(self, data: Data, first: Ints, length: Ints, rng: np.random.Generator) -> Tensor:
-        settings, learner = self.settings, self.learner
-        batch = data.batch(first, length, rng, self.device)
-        wanted = torch.unique(batch.target)  # (t,)
-        if self.whole:
-            candidates, chance = self.known, None
-        else:
-            numbers = rng.integers(0, len(self.known), settings.negatives)
-            drawn = self.known[torch.from_numpy(numbers).to(self.device)]
-            candidates = torch.unique(torch.cat([wanted, drawn]))  # (c,)
-            chance = log_chances(self.shares, len(batch.target), settings.negatives)
-            chance = chance[self.column[candidates]]
-        rows, back = torch.unique(torch.cat([candidates, batch.item]), return_inverse=True)
-        vectors = self._vectors(rows, wanted)  # (u, D)
-        events = vectors[back[len(candidates) :]].view(*batch.types.shape, -1)  # (r, L, D)
-        events = events * batch.has_item[..., None]
-        hidden = learner.window(events, batch.types, batch.t_ms)  # (r, L, D)
-        choices = vectors[back[: len(candidates)]]  # (c, D)
-        queries = unit(hidden[batch.asked])  # (q, D)
-        target = torch.searchsorted(candidates, batch.target)
-        loss = sampled_softmax(
-            queries,
-            choices,
-            target,
-            learner.scale(),
-            chance,
-            self._hard(batch.target),
-            batch.weight,
-        )
-        if settings.head_weight:
-            loss = loss + settings.head_weight * self._head_loss(hidden, batch)
-        if settings.compatibility:
-            moved = drift(vectors, self.old[rows])
-            loss = loss + settings.compatibility * moved
-        return loss
-
-    def _vectors(self, rows: Tensor, wanted: Tensor) -> Tensor:
-        items = self.learner.items
-        if self.tower is None:
-            plain: Tensor = items(rows)
-            return plain
-        # Fresh features for some of the targets only: a tower costs a thousand times a window.
-        fresh = wanted[torch.randperm(len(wanted), device=wanted.device)[:_FRESH_ITEMS]]
-        features = self.tower.features(fresh)  # (k, W)
-        whitened = items.whitened(features.float()).float()
-        items.features[fresh] = whitened.detach()
-        known = items.features[rows].index_copy(0, torch.searchsorted(rows, fresh), whitened)
-        return items.from_whitened(rows, known)
-
-    def _hard(self, target: Tensor) -> Tensor | None:
-        """Vectors (q, h, D) of the items nearest to each target in the base's space."""
-        count = min(self.settings.hard_negatives, len(self.known) - 1)
-        if count < 1:
-            return None
-        near = self.old[target] @ self.old[self.known].T  # (q, known)
-        near.scatter_(1, self.column[target][:, None], -2.0)
-        rows = self.known[near.topk(count, dim=1).indices]  # (q, h)
-        hard: Tensor = self.learner.items(rows.flatten())
-        return hard.view(*rows.shape, -1)
-
-    def _head_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        logits = self.learner.heads(hidden[batch.real])  # (e, k)
-        return sum(
-            (
-                balanced_bce(logits[:, k], batch.labels[name], self.weights[name])
-                for k, name in enumerate(HEADS)
-            ),
-            start=logits.sum() * 0.0,
-        )
 
     # --- judging ----------------------------------------------------------------------------
 
@@ -568,7 +406,6 @@ class _Run:
 
 # Features and whitening follow from the catalogue: no need to keep them with the weights.
 _CONSTANT = ("items.centre", "items.whiten", "items.features")
-_FRESH_ITEMS = 64  # items of a step that the tower reads anew
 
 
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
