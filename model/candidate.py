@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as save_arrays
 
@@ -96,7 +97,7 @@ class Candidate:
                 counts=items["counts"],
                 metrics=json.loads((path / METRICS).read_text(encoding="utf-8")),
             )
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise WeightsUnavailable(
                 f"{path} is no trained candidate ({error}); train again, or name another folder"
             ) from error

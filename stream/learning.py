@@ -7,6 +7,7 @@ has said so: the pointer moves, and then the verdict is noted.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import shutil
 from collections.abc import Callable, Iterator
@@ -54,6 +55,9 @@ from .times import DAY_MS
 # Files of a candidate that a release takes as they are.
 _PARTS: Final = (WINDOW, HEADS_FILE, ITEMS, ITEM_IDS)
 _LOCK: Final = ".lock"
+_NO_ROOM: Final = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+)  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 
@@ -341,6 +345,8 @@ def _room(data_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
         raise UserError(
             f"cannot write under {data_dir} ({error.strerror or error}); make room and learn "
             "again: what was done by then is kept"

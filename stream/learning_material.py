@@ -13,10 +13,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -80,7 +82,9 @@ def gather(
     kept = _manifest(folder)
     age_s = (now - datetime.fromisoformat(kept["at"])).total_seconds() if kept else -1.0
     if kept and kept["about"] == about and 0 <= age_s <= KEPT_S:
-        return load(folder)
+        # What a crash of the machine cut short is gathered anew.
+        with suppress(OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile):
+            return load(folder)
     shutil.rmtree(folder, ignore_errors=True)
     item_ids, texts, categories = _catalogue(items)
     windows = labelled(settings, item_ids, archive)

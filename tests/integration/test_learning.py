@@ -345,6 +345,19 @@ def test_what_was_kept_too_long_ago_or_in_the_future_is_gathered_anew(
     assert load_current(shop.model.releases) == outcome.release
 
 
+@pytest.mark.parametrize("file", ["windows.npz", "features.npy", "catalogue.json", "material.json"])
+def test_material_that_a_crash_of_the_machine_cut_short_is_gathered_anew(
+    file: str, shop: Settings, items: ItemStore, turn: Turn
+) -> None:
+    _store(items, _records())
+    _fill(shop, _circle())
+    _cut_off(shop, turn)
+    (folder,) = (shop.stream.data_dir / "training" / name for name in _begun(shop))
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[: len(whole) // 2])
+    assert turn().release is not None
+
+
 def test_who_asked_to_be_forgotten_meanwhile_is_not_learned_from(
     shop: Settings, items: ItemStore, turn: Turn
 ) -> None:

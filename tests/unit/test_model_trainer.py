@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -56,7 +57,7 @@ def test_a_head_without_labels_is_left_out_of_judgement(candidate: Candidate) ->
     assert "NaN" not in (candidate.path / "metrics.json").read_text()
 
 
-def test_the_folder_holds_the_candidate(candidate: Candidate) -> None:
+def test_the_folder_holds_the_candidate(candidate: Candidate, tmp_path: Path) -> None:
     loaded = Candidate.load(candidate.path)
     np.testing.assert_array_equal(loaded.vectors, candidate.vectors)
     assert loaded.item_ids == candidate.item_ids
@@ -65,6 +66,11 @@ def test_the_folder_holds_the_candidate(candidate: Candidate) -> None:
     np.testing.assert_allclose(unit_rows(text + loaded.residual), loaded.vectors, atol=1e-4)
     with pytest.raises(WeightsUnavailable, match="train again"):
         Candidate.load(candidate.path / "nowhere")
+    cut = tmp_path / "cut"
+    shutil.copytree(candidate.path, cut)
+    (cut / "items.safetensors").write_bytes((cut / "items.safetensors").read_bytes()[:99])
+    with pytest.raises(WeightsUnavailable, match="train again"):
+        Candidate.load(cut)
 
 
 def test_the_same_seed_gives_the_same_weights(candidate: Candidate, tmp_path: Path) -> None:
