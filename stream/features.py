@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -47,10 +48,10 @@ def features_of(
 
 def _read(file: Path, width: int) -> dict[str, Floats]:
     try:
-        with np.load(file) as kept:
+        with file.open("rb") as stream, np.load(stream) as kept:
             rows, versions = kept["rows"], kept["versions"].tolist()
-    except (OSError, ValueError, KeyError, EOFError):
-        return {}  # none yet
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return {}  # none yet, or cut short by a crash
     return dict(zip(versions, rows, strict=True)) if rows.shape[1] == width else {}
 
 

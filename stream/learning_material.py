@@ -103,7 +103,7 @@ def gather(
 
 def load(folder: Path) -> Material:
     """What `gather` put down there."""
-    with np.load(folder / _WINDOWS) as kept:
+    with (folder / _WINDOWS).open("rb") as stream, np.load(stream) as kept:
         columns = dict(kept)
     user = columns.pop("user").tolist()
     catalogue = json.loads((folder / _CATALOGUE).read_text(encoding="utf-8"))

@@ -40,6 +40,7 @@ from stream import learning, ranker_learning
 from stream.archive import Archive, Folder, Pending
 from stream.errors import UserError
 from stream.events import Event, Purchase
+from stream.features import features_of
 from stream.learning import Outcome, Progress, learn
 from stream.settings import (
     ArchiveSettings,
@@ -244,6 +245,26 @@ def test_without_events_or_items_it_says_what_to_do(
     with pytest.raises(NothingToLearn, match="next item"):
         turn()
     assert _releases(shop) == [load_current(shop.model.releases).id]
+
+
+def test_a_text_is_encoded_once_for_all_turns(shop: Settings, tmp_path: Path) -> None:
+    release, told = load_current(shop.model.releases), list[tuple[int, int]]()
+
+    def features(*texts: str) -> Any:
+        told.clear()
+        folder = tmp_path / "features"
+        return features_of(release, texts, shop.model, folder, lambda *done: told.append(done))
+
+    first = features("wool hat", "silk hat")
+    assert told == [(2, 2)]
+    np.testing.assert_array_equal(features("silk hat", "wool hat"), first[::-1])
+    assert told == []
+    features("silk hat", "felt hat")
+    assert told == [(1, 1)]
+    (file,) = (tmp_path / "features").iterdir()
+    file.write_bytes(file.read_bytes()[:200])  # by a crash of the machine
+    np.testing.assert_allclose(features("wool hat", "silk hat"), first, atol=1e-6)
+    assert told == [(2, 2)]
 
 
 # --- turns that are cut off, overtaken, or short of room
