@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from model import training_rows as tr
 from model.foreteller import Foreteller
 from model.heads import Heads
-from model.trainer import window_inputs
+from model.training_data import window_inputs
 from model.window_encoder import WindowEncoder, WindowShape
 from model.windows import Labelled
+from profiles.arithmetic import Floats
 from profiles.schema import EVENT_TYPES
 from stream import ranker_learning
-from stream.ranker_cases import Timed, make_cases
+from stream.ranker_cases import Timed, make_cases, of_release
 from stream.ranker_learning import fit_ranker
 from tests import neighbour_oracle
 from tests.oracle import Event
@@ -44,8 +46,6 @@ def shop(events: int, users: int = USERS, seed: int = 1) -> Labelled:
         type=np.zeros(n, np.uint8),
         t_ms=t_ms,
         weight=weight,
-        next_item=none.astype(np.int32),
-        next_type=none,
         purchase=none,
         returns=none,
     )
@@ -53,7 +53,7 @@ def shop(events: int, users: int = USERS, seed: int = 1) -> Labelled:
 
 def history(windows: Labelled, before_ms: int) -> list[Event]:
     """All events before a time, as the oracle takes them; the key of item i is i + 1."""
-    owner = windows.owner()
+    owner = tr.owners(windows)
     order = np.argsort(windows.t_ms, kind="stable")
     return [
         Event(
@@ -123,6 +123,22 @@ def test_the_next_interest_of_a_case_is_of_the_window_that_its_profile_had() -> 
     assert np.abs(timed.cases.signals[:, :, 0]).max() > 0.1
 
 
+def test_the_cases_of_another_release_are_those_that_its_own_vectors_and_networks_make() -> None:
+    windows, other = shop(events=12), VECTORS[::-1].copy()
+
+    def made(vectors: Floats, seed: int) -> Timed:
+        return make_cases(
+            windows, vectors, HALF_LIVES_S, cut_ms=T0_MS + 6 * DAY_MS, foreteller=foreteller(seed)
+        )
+
+    mine, want = made(VECTORS, seed=1), made(other, seed=2)
+    got = of_release(mine, windows, other, HALF_LIVES_S, foreteller=foreteller(2))
+    np.testing.assert_array_equal(got.cases.signals, want.cases.signals)
+    assert np.abs(got.cases.signals - mine.cases.signals)[..., :2].max(axis=(0, 1)).min() > 0.1
+    silent = of_release(mine, windows, other, HALF_LIVES_S)
+    assert (silent.cases.signals[..., 0] == 0).all()
+
+
 def test_no_case_knows_what_came_after_it() -> None:
     told = shop(events=12)
     later = (told.t_ms >= T0_MS + 9 * DAY_MS) & (told.item >= 0)
@@ -157,7 +173,7 @@ def planted(n: int, seed: int = 0) -> Timed:
         target=target,
         log_chance=np.zeros((n, items), np.float32),
     )
-    return Timed(cases, np.arange(n), np.arange(n))
+    return Timed(cases, np.arange(n), np.arange(n), np.arange(n))
 
 
 def test_a_ranker_is_kept_where_it_is_better_beyond_noise() -> None:
