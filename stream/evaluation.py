@@ -37,6 +37,7 @@ from .errors import UserError
 from .evaluation_data import Encoded, Recorded, windows_of
 
 if TYPE_CHECKING:
+    from model.fitted_once import FittedOnce
     from model.whole_profile import WholeProfile
 
 Progress = Callable[[int, int], None]
@@ -46,6 +47,10 @@ START: Final = 0.4
 """Share of the events that are only learned from, before the first ranking."""
 MIDDLE: Final = 0.65
 """Where the ranked part is cut in two: what holds in spring should hold before Christmas."""
+
+LEARNING: Final = "whole profile, learning"
+FROZEN: Final = "whole profile, encoder frozen"
+ONCE: Final = "whole profile, fitted once"
 
 _DAY_MS: Final = 86_400_000
 _LIFT_OF: Final = "recall@20"
@@ -104,6 +109,8 @@ class Timeline:
     recall: dict[str, tuple[float, ...]]  # scorer -> NaN where a part has no target
     swaps_ms: tuple[int, ...] = ()
     """When the whole profile went over to new weights."""
+    rejections_ms: tuple[int, ...] = ()
+    """When the gate kept new weights out."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,39 @@ class Report:
     heads: tuple[Head, ...] = ()
 
 
+def evaluate(
+    data: Recorded,
+    texts: Encoded | None,
+    more: Mapping[str, Make],
+    learned: Path | None,
+    *,
+    progress: Callable[[str], Progress] = lambda what: lambda done, total: None,
+) -> Report:
+    """All baselines, those that know text where there are `texts`, and `more` scorers.
+
+    With `learned`, an empty folder for weights, the whole profile as well, and beside it a twin
+    whose encoder stays as the first training left it. `progress`: what is done -> its reporter.
+    """
+    if data.only_order:
+        makers = counters_of_order(data)
+        if texts is not None:
+            makers |= steps_of_text(data, texts.vectors)
+            makers |= dict([with_text(data, texts.vectors, progress("choosing weights"))])
+            if learned is not None:
+                makers[ONCE] = lambda: fitted_once(data, texts, learned)
+        return by_last_item(data, makers | dict(more), progress=progress("ranking"))
+    makers = counters(data)
+    if texts is not None:
+        makers |= untrained_text(data, texts.vectors)
+    makers |= more
+    if texts is None or learned is None:
+        return in_event_time(data, makers, progress=progress("ranking"))
+    whole = whole_profile(data, texts, learned / "learning")
+    frozen = whole_profile(data, texts, learned / "frozen", swaps=1)
+    makers |= {FROZEN: lambda: frozen, LEARNING: lambda: whole}
+    return with_learning(data, in_event_time(data, makers, progress=progress("ranking")), whole)
+
+
 def counters(data: Recorded) -> dict[str, Make]:
     """Baselines that know no text, for sets with real times.
 
@@ -161,9 +201,11 @@ def untrained_text(data: Recorded, vectors: Floats) -> dict[str, Make]:
     }
 
 
-def whole_profile(data: Recorded, texts: Encoded, folder: Path) -> WholeProfile:
-    """The whole profile, retrained every four weeks of event time; it leaves its weights in
-    `folder`. For sets with real times."""
+def whole_profile(
+    data: Recorded, texts: Encoded, folder: Path, swaps: float = np.inf
+) -> WholeProfile:
+    """The whole profile, trained every four weeks of event time until it was swapped `swaps`
+    times; it leaves its weights in `folder`. For sets with real times."""
     from model.trainer import Base, Catalogue, TrainSettings
     from model.whole_profile import Schedule, WholeProfile
 
@@ -174,8 +216,25 @@ def whole_profile(data: Recorded, texts: Encoded, folder: Path) -> WholeProfile:
         len(data.user_ids),
         lambda events: windows_of(data, events),
         folder,
-        Schedule(),
+        Schedule(swaps=swaps),
         TrainSettings(),
+    )
+
+
+def fitted_once(data: Recorded, texts: Encoded, folder: Path) -> FittedOnce:
+    """The whole profile for sets of which only the order is real."""
+    from model.fitted_once import FittedOnce
+    from model.trainer import Base, Catalogue, TrainSettings
+
+    return FittedOnce(
+        Catalogue(data.item_ids, texts.features),
+        Base(texts.projection),
+        data.type_names,
+        len(data.user_ids),
+        lambda events: windows_of(data, events),
+        folder,
+        # Everything is for training: nobody may look at the items that are left out.
+        TrainSettings(epochs=14, newest_share=0.0),
     )
 
 
@@ -248,9 +307,11 @@ def in_event_time(
 
 
 def with_learning(data: Recorded, report: Report, whole: WholeProfile) -> Report:
-    """The report of a run in which `whole` took part, with its swaps and its heads."""
+    """The report of a run in which `whole` took part, with its trainings and its heads."""
     timeline = report.timeline and replace(
-        report.timeline, swaps_ms=tuple(swap.t_ms for swap in whole.swaps)
+        report.timeline,
+        swaps_ms=tuple(t.t_ms for t in whole.trainings if t.accepted),
+        rejections_ms=tuple(t.t_ms for t in whole.trainings if not t.accepted),
     )
     return replace(report, timeline=timeline, heads=_heads(data, whole))
 

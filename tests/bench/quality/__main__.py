@@ -1,6 +1,7 @@
-"""`python -m tests.bench.quality DATASET [--path FILE]`: `penchant eval` with SASRec and GRU4Rec.
+"""`python -m tests.bench.quality DATASET [--path FILE] [--plot PNG] [--json JSON]`: everything.
 
-Prints and never asserts. Event-time sets retrain the networks every four weeks of event time.
+`penchant eval --learn` with SASRec and GRU4Rec beside it, on the same events. Prints and never
+asserts. Event-time sets retrain the networks every four weeks of event time.
 """
 
 from __future__ import annotations
@@ -8,36 +9,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from model.baselines import DAY_MS
-from stream.datasets import load
-from stream.evaluation import (
-    Make,
-    by_last_item,
-    counters,
-    counters_of_order,
-    in_event_time,
-    steps_of_text,
-    untrained_text,
-    with_text,
-)
-from stream.evaluation_data import encoded, recorded
+from stream.evaluation import Make, Progress, evaluate
+from stream.evaluation_data import Recorded, encoded, loaded
+from stream.evaluation_plot import draw
 from stream.evaluation_view import as_json, plain
 from stream.settings import Settings
 
 from .neural import GRU4Rec, Loss, Neural, SASRec, Schedule
 
 _EVERY_MS = 28 * DAY_MS
+_FIRST_EPOCHS, _EPOCHS = 10, 2
 
 
-def networks(n_items: int, schedule: Schedule, dropout: float) -> dict[str, Make]:
+def networks(data: Recorded) -> dict[str, Make]:
     """The neural yardsticks."""
+    n_items = len(data.item_ids)
+    # By the last item everything is told at once, and that is when they are trained.
+    schedule = Schedule(0.0 if data.only_order else _EVERY_MS, _FIRST_EPOCHS, _EPOCHS)
+    dropout = 0.5 if data.only_order else 0.2
 
     def sasrec(loss: Loss) -> Neural:
         return Neural(partial(SASRec, dropout=dropout), n_items, schedule, loss=loss)
@@ -50,46 +47,36 @@ def networks(n_items: int, schedule: Schedule, dropout: float) -> dict[str, Make
 
 
 def main() -> None:
-    """Run one data set and print its tables."""
+    """Run one data set, print its tables, and keep them where asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
     parser.add_argument("--path", type=Path, action="append")
-    parser.add_argument("--epochs", type=int, default=10, help="of the first training")
-    parser.add_argument("--later-epochs", type=int, default=2, help="of every later training")
-    parser.add_argument("--only", nargs="*", help="names of scorers; all by default")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
 
-    order_only = given.dataset == "amazon"
-    name = given.path[0].stem.removesuffix("_events") if order_only else given.dataset
-    data = recorded(load(given.dataset, given.path), name)
+    data = loaded(given.dataset, given.path)
     settings = Settings()
+    texts = encoded(data.texts, settings.model, settings.stream.data_dir)
     torch.set_num_threads(settings.model.threads or 1)
-    vectors = encoded(data.texts, settings.model, settings.stream.data_dir).vectors
-    # By the last item everything is told at once, and that is when they are trained.
-    schedule = Schedule(0.0 if order_only else _EVERY_MS, given.epochs, given.later_epochs)
-    if order_only:
-        makers = counters_of_order(data) | steps_of_text(data, vectors)
-    else:
-        makers = counters(data) | untrained_text(data, vectors)
-    if order_only and not given.only:  # its name tells the weight that was chosen
-        makers |= dict([with_text(data, vectors)])
-    makers |= networks(len(data.item_ids), schedule, dropout=0.5 if order_only else 0.2)
-    if given.only:
-        makers = {name: make for name, make in makers.items() if name in given.only}
+    with tempfile.TemporaryDirectory() as learned:
+        report = evaluate(data, texts, networks(data), Path(learned), progress=_told)
+    print(plain(report))
+    if given.json:
+        given.json.write_text(json.dumps(as_json(report)), encoding="utf-8")
+    if given.plot:
+        draw(report, given.plot)
+
+
+def _told(what: str) -> Progress:
     began = time.monotonic()
-    run = by_last_item if order_only else in_event_time
-    report = run(data, makers, progress=_told(began))
-    print(json.dumps(as_json(report)) if given.json else plain(report))
-
-
-def _told(began: float) -> Callable[[int, int], None]:
     last = [began]
 
     def report(done: int, total: int) -> None:
         if time.monotonic() - last[0] > 30 or done == total:
             last[0] = time.monotonic()
-            print(f"{done:,} of {total:,} after {last[0] - began:,.0f} s", file=sys.stderr)
+            spent_s = last[0] - began
+            print(f"{what}: {done:,} of {total:,} after {spent_s:,.0f} s", file=sys.stderr)
 
     return report
 

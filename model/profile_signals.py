@@ -1,0 +1,122 @@
+"""What a ranker reads of n shoppers, kept up to date by every event: counters, sums, windows.
+
+Knows columns of numbers and a trained candidate where there is one; knows nothing of when
+anything is trained. For what readers compute from Redis see `profiles/ranking.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .baselines import DAY_MS, ItemNeighbours, OwnFrequency, Popular, TextSteps
+from .evaluate import Floats, Int32s, Ints
+from .prequential import NO_ITEM, Events
+from .trainer import Candidate
+
+ITEM_HALF_LIFE_MS: Final = 21 * DAY_MS
+_STEP: Final = 0.7  # what each instant counts of the next, in the text signal
+
+Read = tuple[Floats, Floats, Floats]
+"""Signals (n, N, K), log counts of items (n, N), shoppers (n, 3); see `ranker.Cases`."""
+
+
+class ProfileSignals:
+    """Of a catalogue of N items; to be told everything that happens, as a `Scorer` is."""
+
+    def __init__(
+        self,
+        n_users: int,
+        vectors: Floats,
+        window_events: int,
+        item_half_life_ms: float = ITEM_HALF_LIFE_MS,
+    ) -> None:
+        """`vectors` (N, D) unit rows of the items, until `swap`."""
+        self._n_users, n_items = n_users, len(vectors)
+        self._own = OwnFrequency(n_items)
+        self._near = ItemNeighbours(n_items)
+        self._items = Popular(n_items, item_half_life_ms)
+        self._users = _Users(n_users, window_events)
+        self._candidate: Candidate | None = None
+        self.vectors = vectors
+        self._text = TextSteps(vectors, n_users, _STEP)
+
+    def update(self, events: Events) -> None:
+        for part in (self._own, self._near, self._items, self._text, self._users):
+            part.update(events)
+
+    def swap(self, candidate: Candidate, told: Events) -> None:
+        """From now on by the candidate's networks; `told` is everything that was told so far."""
+        self._candidate, self.vectors = candidate, candidate.vectors
+        self._text = TextSteps(self.vectors, self._n_users, _STEP)
+        self._text.update(told)
+
+    def read(self, users: Ints, t_ms: Ints) -> Read:
+        """What is known of `users` (n,) at times (n,)."""
+        own = self._own.masses(users)
+        signals = np.stack(
+            [
+                self._next_interests(users) @ self.vectors.T,
+                self._text.scores(users, t_ms),
+                self._near.scores(users, t_ms),
+                own,
+            ],
+            axis=-1,
+        ).astype(np.float32)
+        log_events = np.log1p(self._items.counts(int(t_ms.max(initial=0)))).astype(np.float32)
+        had = (own > 0).sum(axis=1)
+        events = self._users.count[users]
+        shopper = np.stack(
+            [np.log1p(events), np.log1p(had), 1 - had / np.maximum(events, 1)], axis=-1
+        )
+        item = np.tile(log_events, (len(users), 1))
+        return signals, item, shopper.astype(np.float32)
+
+    def chances(self, users: Ints) -> dict[str, Floats]:
+        """What the heads say (n,) of `users` (n,), who have events; {} before the first swap."""
+        if self._candidate is None:
+            return {}
+        hidden = self._candidate.window.hidden(*self._windows(users))
+        return self._candidate.heads.predict(hidden)
+
+    def _next_interests(self, users: Ints) -> Floats:
+        out = np.zeros((len(users), self.vectors.shape[1]), dtype=np.float32)
+        known = np.flatnonzero(self._users.count[users] > 0)
+        if self._candidate is not None and len(known):
+            out[known] = self._candidate.window.encode(*self._windows(users[known]))
+        return out
+
+    def _windows(self, users: Ints) -> tuple[Floats, NDArray[np.uint8], Ints, Ints]:
+        item, types, t_ms, length = self._users.windows(users)
+        inputs = self.vectors[np.maximum(item, 0)] * (item != NO_ITEM)[..., None]
+        return inputs, types, t_ms, length
+
+
+class _Users:
+    """The last events of n users, newest last, as rings of `length`."""
+
+    def __init__(self, n_users: int, length: int) -> None:
+        self.count = np.zeros(n_users, dtype=np.int64)
+        self._item = np.full((n_users, length), NO_ITEM, dtype=np.int32)
+        self._type = np.zeros((n_users, length), dtype=np.uint8)
+        self._t_ms = np.zeros((n_users, length), dtype=np.int64)
+
+    def update(self, events: Events) -> None:
+        length = self._item.shape[1]
+        for i, user in enumerate(events.user.tolist()):
+            at = self.count[user] % length
+            self._item[user, at] = events.item[i]
+            self._type[user, at] = events.type[i]
+            self._t_ms[user, at] = events.t_ms[i]
+            self.count[user] += 1
+
+    def windows(self, users: Ints) -> tuple[Int32s, NDArray[np.uint8], Ints, Ints]:
+        """Items, types and times (n, L), oldest first, and lengths (n,)."""
+        size = self._item.shape[1]
+        length = np.minimum(self.count[users], size)
+        first = np.where(self.count[users] > size, self.count[users] % size, 0)
+        at = (first[:, None] + np.arange(int(length.max()))) % size
+        rows = users[:, None]
+        return self._item[rows, at], self._type[rows, at], self._t_ms[rows, at], length
