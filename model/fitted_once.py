@@ -43,14 +43,14 @@ class FittedOnce:
         self._catalogue, self._base, self._types = catalogue, base, types
         self._n_users, self._label = n_users, label
         self._folder, self._settings = folder, settings
-        self._weights = ranker.first_weights()
+        self.weights = ranker.first_weights()
         self._signals = self._no_signals()
 
     def scores(self, users: Ints, t_ms: Ints) -> Floats:
-        return ranker.score(self._weights, *self._signals.read(users, t_ms))
+        return ranker.score(self.weights, *self._signals.read(users, t_ms))
 
     def update(self, events: Events) -> None:
-        self._weights = ranker.fit(self._cases(events))
+        self.weights = ranker.fit(self._cases(events))
         self._signals = self._trained(events, "test")
 
     def _cases(self, events: Events) -> Cases:
