@@ -23,7 +23,10 @@ from .ranker import Cases
 from .trainer import Base, Catalogue, TrainSettings
 from .windows import Labelled
 
-_CASE_NUMBERS: Final = 250_000_000  # a gigabyte of signals
+_CASES: Final = 6_000
+_AT_ONCE: Final = 64  # users whose whole catalogue is read before it is thinned
+_TOP: Final = 40
+_OTHERS: Final = 120
 
 
 class FittedOnce:
@@ -57,14 +60,17 @@ class FittedOnce:
         """The last item of some users, as signals that know what came before it."""
         part = split(events)
         signals = self._trained(part.history, "validation")
-        n_items = len(self._catalogue.item_ids)
-        most = _CASE_NUMBERS // (n_items * len(ranker.SIGNALS))
-        rng = np.random.default_rng(self._settings.seed)
-        chosen = np.sort(rng.permutation(len(part.user))[:most])
-        read = signals.read(part.user[chosen], part.t_ms[chosen])
-        target = np.zeros((len(chosen), n_items), dtype=np.float32)
-        target[np.arange(len(chosen)), part.item[chosen]] = 1.0
-        return Cases(*read, target, np.zeros_like(target))
+        n_items, seed = len(self._catalogue.item_ids), self._settings.seed
+        chosen = np.random.default_rng(seed).permutation(len(part.user))[:_CASES]
+        thin = []
+        for first in range(0, len(chosen), _AT_ONCE):
+            rows = chosen[first : first + _AT_ONCE]
+            target = np.zeros((len(rows), n_items), dtype=np.float32)
+            target[np.arange(len(rows)), part.item[rows]] = 1.0
+            read = signals.read(part.user[rows], part.t_ms[rows])
+            whole = Cases(*read, target, np.zeros_like(target))
+            thin.append(ranker.thinned(whole, _TOP, _OTHERS, seed + first))
+        return ranker.joined(thin)
 
     def _trained(self, events: Events, name: str) -> ProfileSignals:
         signals = self._no_signals()
@@ -82,5 +88,4 @@ class FittedOnce:
 
     def _no_signals(self) -> ProfileSignals:
         vectors = self._base.vectors(self._catalogue)
-        # Times are made up, so no count fades.
-        return ProfileSignals(self._n_users, vectors, self._settings.events, np.inf)
+        return ProfileSignals(self._n_users, vectors, self._settings.events, fading=False)

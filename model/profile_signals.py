@@ -11,16 +11,18 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .baselines import DAY_MS, ItemNeighbours, OwnFrequency, Popular, TextSteps
+from .baselines import DAY_MS, FadingNeighbours, OwnFrequency, Popular, TextSteps
 from .evaluate import Floats, Int32s, Ints
 from .prequential import NO_ITEM, Events
+from .ranker import ITEM
 from .trainer import Candidate
 
-ITEM_HALF_LIFE_MS: Final = 21 * DAY_MS
+_HALF_LIFE_MS: Final = 30 * DAY_MS  # of counts and pairs
+_RECENT_MS: Final = 3 * DAY_MS  # of recent counts
 _STEP: Final = 0.7  # what each instant counts of the next, in the text signal
 
 Read = tuple[Floats, Floats, Floats]
-"""Signals (n, N, K), log counts of items (n, N), shoppers (n, 3); see `ranker.Cases`."""
+"""Signals (n, N, 4), items (n, N, 3), shoppers (n, 3); see `ranker.Cases`."""
 
 
 class ProfileSignals:
@@ -31,20 +33,23 @@ class ProfileSignals:
         n_users: int,
         vectors: Floats,
         window_events: int,
-        item_half_life_ms: float = ITEM_HALF_LIFE_MS,
+        *,
+        fading: bool = True,
     ) -> None:
-        """`vectors` (N, D) unit rows of the items, until `swap`."""
+        """`vectors` (N, D) unit rows of the items, until `swap`. Counts and pairs of items fade,
+        unless the times are made up."""
         self._n_users, n_items = n_users, len(vectors)
         self._own = OwnFrequency(n_items)
-        self._near = ItemNeighbours(n_items)
-        self._items = Popular(n_items, item_half_life_ms)
+        self._near = FadingNeighbours(n_items, _HALF_LIFE_MS if fading else np.inf)
+        self._items = Popular(n_items, _HALF_LIFE_MS if fading else np.inf)
+        self._recent = Popular(n_items, _RECENT_MS if fading else np.inf)
         self._users = _Users(n_users, window_events)
         self._candidate: Candidate | None = None
         self.vectors = vectors
         self._text = TextSteps(vectors, n_users, _STEP)
 
     def update(self, events: Events) -> None:
-        for part in (self._own, self._near, self._items, self._text, self._users):
+        for part in (self._own, self._near, self._items, self._recent, self._text, self._users):
             part.update(events)
 
     def swap(self, candidate: Candidate, told: Events) -> None:
@@ -65,14 +70,17 @@ class ProfileSignals:
             ],
             axis=-1,
         ).astype(np.float32)
-        log_events = np.log1p(self._items.counts(int(t_ms.max(initial=0)))).astype(np.float32)
+        latest = int(t_ms.max(initial=0))
+        items = np.zeros((*own.shape, len(ITEM)), dtype=np.float32)
+        items[..., 0] = np.log1p(self._items.counts(latest))
+        items[..., 1] = np.log1p(self._recent.counts(latest))
+        items[..., 2] = np.log1p(self._own.ages_ms(users, t_ms) / DAY_MS)
         had = (own > 0).sum(axis=1)
         events = self._users.count[users]
         shopper = np.stack(
             [np.log1p(events), np.log1p(had), 1 - had / np.maximum(events, 1)], axis=-1
         )
-        item = np.tile(log_events, (len(users), 1))
-        return signals, item, shopper.astype(np.float32)
+        return signals, items, shopper.astype(np.float32)
 
     def chances(self, users: Ints) -> dict[str, Floats]:
         """What the heads say (n,) of `users` (n,), who have events; {} before the first swap."""

@@ -27,8 +27,10 @@ from .trainer import Base, Candidate, Catalogue, TrainSettings
 from .transition import fit_transition
 from .windows import Labelled
 
-_CASES: Final = 2_000  # newest rankings that the ranker learns from
-_CASE_BYTES: Final = 400_000_000
+# The ranker learns from so many newest rankings, of the best by every signal and some others.
+_CASES: Final = 3_000
+_TOP: Final = 40
+_OTHERS: Final = 120
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Schedule:
     every_case: int = 2
     """Of so many rankings one becomes a case for the ranker."""
     swaps: float = np.inf
-    """After so many, the encoder stays as it is, and only the ranker goes on learning."""
+    """After so many, the encoder stays as it is."""
+    fits: float = np.inf
+    """After so many, the ranker stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,8 @@ class WholeProfile:
         self._schedule, self._settings = schedule, settings
         self._signals = ProfileSignals(n_users, base.vectors(catalogue), settings.events)
         self._weights = ranker.first_weights()
-        self._cases: deque[Cases] = deque(
-            maxlen=min(_CASES, max(_CASE_BYTES // (len(catalogue.item_ids) * 24), 100))
-        )
-        self._rankings = 0
+        self._cases: deque[Cases] = deque(maxlen=_CASES)
+        self._rankings = self._fits = 0
         self._told: list[Events] = []
         self._candidate: Candidate | None = None
         self._next_ms: float | None = None
@@ -108,11 +110,16 @@ class WholeProfile:
         return self._weights
 
     def scores(self, users: Ints, t_ms: Ints) -> Floats:
-        signals, item, shopper = self._signals.read(users, t_ms)
+        signals, items, shopper = self._signals.read(users, t_ms)
         for row, key in enumerate(zip(users.tolist(), t_ms.tolist(), strict=True)):
             one = slice(row, row + 1)
-            self._asked[key] = signals[one], item[one], shopper[one]
-        return ranker.score(self._weights, signals, item, shopper)
+            self._asked[key] = signals[one], items[one], shopper[one]
+        return ranker.score(self._weights, signals, items, shopper)
+
+    def next_interest(self, users: Ints, t_ms: Ints) -> Floats:
+        """(n, N) the first signal by itself, of rankings that were asked for a moment ago."""
+        keys = zip(users.tolist(), t_ms.tolist(), strict=True)
+        return np.concatenate([self._asked[key][0][..., 0] for key in keys])
 
     def update(self, events: Events) -> None:
         self._remember_cases(events)
@@ -149,17 +156,18 @@ class WholeProfile:
                 continue
             asked = self._asked.get((user, t_ms))
             read = asked or self._signals.read(np.array([user]), np.array([t_ms]))
-            signals, item, shopper = read
-            target = np.zeros(item.shape, dtype=np.float32)
+            target = np.zeros(read[0].shape[:2], dtype=np.float32)
             target[0, basket] = 1
-            self._cases.append(Cases(signals, item, shopper, target, np.zeros_like(target)))
+            whole = Cases(*read, target, np.zeros_like(target))
+            self._cases.append(ranker.thinned(whole, _TOP, _OTHERS, seed=self._rankings))
         self._asked.clear()
 
     def _learn(self, now_ms: int) -> None:
         if sum(training.accepted for training in self.trainings) < self._schedule.swaps:
             self._train(now_ms)
-        if self._cases:
-            self._weights = ranker.fit(_stacked(self._cases), self._weights)
+        if self._cases and self._fits < self._schedule.fits:
+            self._weights = ranker.fit(ranker.joined(self._cases), self._weights)
+            self._fits += 1
 
     def _train(self, now_ms: int) -> None:
         events = _concatenated(self._told)
@@ -208,19 +216,23 @@ class WholeProfile:
         return gate.decide(comparison)
 
 
+@dataclass(frozen=True)
+class NextInterest:
+    """What the encoder of a whole profile is worth by itself; a `Scorer` to be asked after it."""
+
+    of: WholeProfile
+
+    def scores(self, users: Ints, t_ms: Ints) -> Floats:
+        return self.of.next_interest(users, t_ms)
+
+    def update(self, events: Events) -> None:
+        """Nothing: the profile is told by itself."""
+
+
 def _concatenated(parts: list[Events]) -> Events:
     return Events(
         *(
             np.concatenate([getattr(part, name) for part in parts])
             for name in ("user", "item", "type", "t_ms", "weight")
-        )
-    )
-
-
-def _stacked(cases: deque[Cases]) -> Cases:
-    return Cases(
-        *(
-            np.concatenate([getattr(case, name) for case in cases])
-            for name in ("signals", "item_log_events", "shopper", "target", "log_chance")
         )
     )

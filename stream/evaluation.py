@@ -49,7 +49,8 @@ MIDDLE: Final = 0.65
 """Where the ranked part is cut in two: what holds in spring should hold before Christmas."""
 
 LEARNING: Final = "whole profile, learning"
-FROZEN: Final = "whole profile, encoder frozen"
+ENCODER_FROZEN: Final = "whole profile, encoder frozen"
+FROZEN: Final = "whole profile, frozen"
 ONCE: Final = "whole profile, fitted once"
 
 _DAY_MS: Final = 86_400_000
@@ -151,8 +152,9 @@ def evaluate(
 ) -> Report:
     """All baselines, those that know text where there are `texts`, and `more` scorers.
 
-    With `learned`, an empty folder for weights, the whole profile as well, and beside it a twin
-    whose encoder stays as the first training left it. `progress`: what is done -> its reporter.
+    With `learned`, an empty folder for weights, the whole profile as well, and beside it two
+    twins: of one the encoder stays as the first training left it, of the other the ranker, too.
+    `progress`: what is done -> its reporter.
     """
     if data.only_order:
         makers = counters_of_order(data)
@@ -168,9 +170,16 @@ def evaluate(
     makers |= more
     if texts is None or learned is None:
         return in_event_time(data, makers, progress=progress("ranking"))
+    from model.whole_profile import NextInterest
+
     whole = whole_profile(data, texts, learned / "learning")
-    frozen = whole_profile(data, texts, learned / "frozen", swaps=1)
-    makers |= {FROZEN: lambda: frozen, LEARNING: lambda: whole}
+    half = whole_profile(data, texts, learned / "half", swaps=1)
+    frozen = whole_profile(data, texts, learned / "frozen", swaps=1, fits=1)
+    makers |= {FROZEN: lambda: frozen, ENCODER_FROZEN: lambda: half, LEARNING: lambda: whole}
+    makers |= {
+        "its next interest alone, frozen": lambda: NextInterest(half),
+        "its next interest alone, learning": lambda: NextInterest(whole),
+    }
     return with_learning(data, in_event_time(data, makers, progress=progress("ranking")), whole)
 
 
@@ -184,6 +193,7 @@ def counters(data: Recorded) -> dict[str, Make]:
         "popular": lambda: baselines.Popular(n),
         "last item": lambda: baselines.ItemNeighbours(n, depth=1),
         "item-kNN": lambda: baselines.ItemNeighbours(n),
+        "co-visitation of a profile": lambda: baselines.FadingNeighbours(n),
         "last basket": lambda: baselines.LastBasket(n),
         "own frequency": lambda: baselines.OwnFrequency(n),
         "own + last basket": lambda: baselines.Blend(
@@ -202,10 +212,15 @@ def untrained_text(data: Recorded, vectors: Floats) -> dict[str, Make]:
 
 
 def whole_profile(
-    data: Recorded, texts: Encoded, folder: Path, swaps: float = np.inf
+    data: Recorded,
+    texts: Encoded,
+    folder: Path,
+    swaps: float = np.inf,
+    fits: float = np.inf,
 ) -> WholeProfile:
-    """The whole profile, trained every four weeks of event time until it was swapped `swaps`
-    times; it leaves its weights in `folder`. For sets with real times."""
+    """The whole profile, trained every four weeks of event time until its encoder was swapped
+    `swaps` times and its ranker fitted `fits` times; it leaves its weights in `folder`. For sets
+    with real times."""
     from model.trainer import Base, Catalogue, TrainSettings
     from model.whole_profile import Schedule, WholeProfile
 
@@ -216,7 +231,7 @@ def whole_profile(
         len(data.user_ids),
         lambda events: windows_of(data, events),
         folder,
-        Schedule(swaps=swaps),
+        Schedule(swaps=swaps, fits=fits),
         TrainSettings(),
     )
 

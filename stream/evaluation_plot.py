@@ -8,11 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 from .errors import UserError
-from .evaluation import FROZEN, LEARNING, Report
+from .evaluation import ENCODER_FROZEN, FROZEN, LEARNING, Report
 
 # Of the baselines only those that are strongest, or stand for a kind.
 _LINES: Final = (
-    LEARNING, FROZEN, "own + last basket", "item-kNN", "own frequency", "popular",
+    LEARNING, ENCODER_FROZEN, FROZEN, "own + last basket", "item-kNN", "own frequency", "popular",
     "text: profile, three time scales", "SASRec (sampled softmax)", "GRU4Rec",
 )  # fmt: skip
 

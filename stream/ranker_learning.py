@@ -61,7 +61,7 @@ def _ranks(weights: Weights, cases: Cases) -> np.ndarray[tuple[int], np.dtype[np
     places = []
     for begin in range(0, len(cases.target), _CASES_AT_ONCE):
         part = _take(cases, slice(begin, begin + _CASES_AT_ONCE))
-        scores = score(weights, part.signals, part.item_log_events, part.shopper)
+        scores = score(weights, part.signals, part.items, part.shopper)
         places.append(ranks(scores, *np.nonzero(part.target)))
     return np.concatenate(places)
 
@@ -69,7 +69,7 @@ def _ranks(weights: Weights, cases: Cases) -> np.ndarray[tuple[int], np.dtype[np
 def _take(cases: Cases, rows: slice) -> Cases:
     return Cases(
         cases.signals[rows],
-        cases.item_log_events[rows],
+        cases.items[rows],
         cases.shopper[rows],
         cases.target[rows],
         cases.log_chance[rows],
