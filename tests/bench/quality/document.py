@@ -64,12 +64,12 @@ def main() -> None:
     kept = Settings().stream.data_dir / "evaluation"
     for name in given.names or SETS:
         of = SETS[name]
-        began = datetime.now(UTC)
+        began, at_commit = datetime.now(UTC), commit()
         report = measured(of.dataset, [given.data / file for file in of.files] or None)
         found = as_json(report) | {
             "about": {
                 "date": f"{began:%Y-%m-%d}",
-                "commit": commit(),
+                "commit": at_commit,
                 "minutes": round((datetime.now(UTC) - began).total_seconds() / 60),
                 "machine": f"{cpu_model()}, {os.cpu_count()} cores, {memory_gb():.0f} GB, "
                 f"Python {platform.python_version()}",
