@@ -31,7 +31,7 @@ from model.evaluate import (
     metric,
 )
 from model.leave_one_out import LeftOut, rank_targets, split
-from model.prequential import Ranked, Scorer, prequential
+from model.prequential import NO_ITEM, Ranked, Scorer, prequential
 
 from .errors import UserError
 from .evaluation_data import Encoded, Recorded, windows_of
@@ -55,6 +55,8 @@ ONCE: Final = "whole profile, fitted once"
 
 _DAY_MS: Final = 86_400_000
 _LIFT_OF: Final = "recall@20"
+_MOST_RANKINGS: Final = 15_000
+_CASES_OF_A_SET: Final = 10_000  # rankings of a whole set that a ranker may learn from
 _PARTS_OF_TIME: Final = 24
 _NEW_ITEM_MS: Final = 30 * _DAY_MS
 _TEXT_WEIGHTS: Final = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
@@ -231,7 +233,11 @@ def whole_profile(
         len(data.user_ids),
         lambda events: windows_of(data, events),
         folder,
-        Schedule(swaps=swaps, fits=fits),
+        Schedule(
+            swaps=swaps,
+            fits=fits,
+            every_case=max(2, int(_baskets(data)[1].max(initial=0)) // _CASES_OF_A_SET),
+        ),
         TrainSettings(),
     )
 
@@ -295,16 +301,20 @@ def in_event_time(
     block: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> Report:
-    """Rank before every basket from `START` of the events on, then learn it.
+    """Rank before every basket from `START` of the events on, then learn it; of many baskets
+    before `_MOST_RANKINGS` that are drawn.
 
     Raises UserError where nothing can be ranked.
     """
+    start = int(START * len(data.events))
+    target, drawn = _drawn(data, start)
     ranked = prequential(
         data.events,
         len(data.user_ids),
         len(data.item_ids),
         {name: make() for name, make in makers.items()},
-        start=int(START * len(data.events)),
+        start=start,
+        is_target=target,
         block=block,
         progress=progress,
     )
@@ -315,10 +325,31 @@ def in_event_time(
         )
     protocol = (
         f"In event time: the first {START:.0%} of the events are learned from; from then on, all "
-        f"{len(data.item_ids):,} items are ranked before every basket and looked up for each of "
+        f"{len(data.item_ids):,} items are ranked before {drawn} and looked up for each of "
         "its items, and then it is learned. Intervals: 95 %, bootstrap over users."
     )
     return replace(_report(data, ranked, protocol), timeline=_timeline(ranked))
+
+
+def _baskets(data: Recorded) -> tuple[Bools, NDArray[np.int64]]:
+    """Events (m,) that could be looked up, and the number of each one's basket (p,)."""
+    events = data.events
+    wanted = (events.item != NO_ITEM) & (events.weight > 0)
+    both = np.stack([events.user[wanted], events.t_ms[wanted]], axis=1)
+    return wanted, np.unique(both, axis=0, return_inverse=True)[1].ravel()
+
+
+def _drawn(data: Recorded, start: int) -> tuple[Bools, str]:
+    """Events (m,) that are looked up, and of which baskets they are in words."""
+    wanted, basket = _baskets(data)
+    wanted[:start] &= False
+    late = basket[len(basket) - int(wanted.sum()) :]
+    found = np.unique(late)
+    if len(found) <= _MOST_RANKINGS:
+        return wanted, "every basket"
+    few = np.random.default_rng(0).permutation(found)[:_MOST_RANKINGS]
+    wanted[wanted] = np.isin(late, few)
+    return wanted, f"{_MOST_RANKINGS:,} of {len(found):,} baskets"
 
 
 def with_learning(data: Recorded, report: Report, whole: WholeProfile) -> Report:

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from model import baselines
 from model.prequential import NO_ITEM, Events
 from model.whole_profile import Foretold, WholeProfile
 from profiles.schema import EVENT_TYPES
@@ -236,3 +237,19 @@ def test_what_heads_said_is_held_against_what_came_of_it() -> None:
     assert (head.name, head.auc.value, head.calibration_error) == ("purchase", 1.0, 0.0)
     assert head.events == pytest.approx(hours - week, abs=1)
     assert head.positive == pytest.approx(week / (hours - week), rel=0.01)
+
+
+def test_of_many_baskets_some_are_drawn_and_all_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = shop()
+    monkeypatch.setattr(evaluation, "_MOST_RANKINGS", 60)
+    told = []
+
+    class Told(baselines.Popular):
+        def update(self, events: Events) -> None:
+            told.append(len(events))
+            super().update(events)
+
+    report = in_event_time(data, {"popular": lambda: Told(ITEMS)})
+    assert report.sections[0].targets == 60
+    assert f"before 60 of {RANKED} baskets" in report.protocol
+    assert sum(told) == len(data.events)
