@@ -25,8 +25,6 @@ from .windows import Labelled
 
 _CASES: Final = 6_000
 _AT_ONCE: Final = 64  # users whose whole catalogue is read before it is thinned
-_TOP: Final = 40
-_OTHERS: Final = 120
 
 
 class FittedOnce:
@@ -69,7 +67,7 @@ class FittedOnce:
             target[np.arange(len(rows)), part.item[rows]] = 1.0
             read = signals.read(part.user[rows], part.t_ms[rows])
             whole = Cases(*read, target, np.zeros_like(target))
-            thin.append(ranker.thinned(whole, _TOP, _OTHERS, seed + first))
+            thin.append(ranker.thinned(whole, seed + first))
         return ranker.joined(thin)
 
     def _trained(self, events: Events, name: str) -> ProfileSignals:

@@ -203,7 +203,7 @@ def fit(
     return {name: value.detach().numpy().copy() for name, value in learned.items()}
 
 
-def thinned(cases: Cases, top: int, others: int, seed: int) -> Cases:
+def thinned(cases: Cases, seed: int, *, top: int = 40, others: int = 120) -> Cases:
     """The same rankings of fewer items: the targets, the `top` highest of every signal and of both
     counts, and `others` of the rest, with the chance that each of these had."""
     n, count = cases.target.shape

@@ -27,10 +27,7 @@ from .trainer import Base, Candidate, Catalogue, TrainSettings
 from .transition import fit_transition
 from .windows import Labelled
 
-# The ranker learns from so many newest rankings, of the best by every signal and some others.
-_CASES: Final = 3_000
-_TOP: Final = 40
-_OTHERS: Final = 120
+_CASES: Final = 3_000  # newest rankings that the ranker learns from
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ class WholeProfile:
             target = np.zeros(read[0].shape[:2], dtype=np.float32)
             target[0, basket] = 1
             whole = Cases(*read, target, np.zeros_like(target))
-            self._cases.append(ranker.thinned(whole, _TOP, _OTHERS, seed=self._rankings))
+            self._cases.append(ranker.thinned(whole, seed=self._rankings))
         self._asked.clear()
 
     def _learn(self, now_ms: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from model.evaluate import UserBootstrap, metric, ranks
 from model.gate import Figure
-from model.ranker import Cases, Weights, first_weights, fit
+from model.ranker import Cases, Weights, first_weights, fit, thinned
 from profiles.ranking import score
 
 from .ranker_cases import Timed
@@ -40,7 +40,7 @@ def fit_ranker(timed: Timed, live: Weights | None, margin: float, seed: int = 0)
     if split < LEAST_CASES:
         nothing = Figure(f"{_METRIC} of the ranker", np.nan, np.nan, np.nan, np.nan, 0)
         return FittedRanker(None, nothing)
-    fitted = fit(_take(timed.cases, slice(0, split)), before, seed=seed)
+    fitted = fit(thinned(_take(timed.cases, slice(0, split)), seed), before, seed=seed)
     judged, users = _take(timed.cases, slice(split, None)), timed.user[split:]
     row, item = np.nonzero(judged.target)
     found = [metric(_METRIC, _ranks(w, judged)) for w in (before, fitted)]

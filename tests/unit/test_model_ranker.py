@@ -151,7 +151,7 @@ def test_it_learns_that_signals_agree() -> None:
 
 def test_thinned_cases_keep_targets_and_say_what_chance_the_others_had() -> None:
     full = planted(40, seed=1)
-    thin = thinned(full, top=2, others=8, seed=0)
+    thin = thinned(full, 0, top=2, others=8)
     assert thin.target.shape == (40, 20)
     np.testing.assert_array_equal(thin.target.sum(axis=1), full.target.sum(axis=1))
     for row in range(40):
@@ -162,14 +162,14 @@ def test_thinned_cases_keep_targets_and_say_what_chance_the_others_had() -> None
         np.testing.assert_allclose(
             np.exp(thin.log_chance[row][drawn]), drawn.sum() / outside, rtol=1e-5
         )
-    again = thinned(full, top=2, others=8, seed=0)
+    again = thinned(full, 0, top=2, others=8)
     np.testing.assert_array_equal(again.signals, thin.signals)
-    assert thinned(full, top=30, others=8, seed=0) is full
+    assert thinned(full, 0, top=30, others=8) is full
 
 
 def test_a_ranker_of_thinned_cases_ranks_as_one_of_whole_catalogues() -> None:
     unseen = planted(300, seed=2)
-    thin = found(fit(thinned(planted(600, seed=1), 2, 6, seed=0)), unseen)
+    thin = found(fit(thinned(planted(600, seed=1), 0, top=2, others=6)), unseen)
     assert thin == pytest.approx(found(fit(planted(600, seed=1)), unseen), abs=0.08)
 
 
