@@ -96,6 +96,11 @@ def _page(kept: Path) -> Iterator[str]:
         )
         if of.plot:
             yield f"![Recall@20 over event time]({of.plot})"
+        if found["timeline"]:
+            swaps, rejections = (
+                len(found["timeline"][kind]) for kind in ("swaps_ms", "rejections_ms")
+            )
+            yield f"{found['protocol']} Trainings: {swaps} swapped in, {rejections} rejected."
         for section in found["sections"]:
             yield _section(section, found["lift_of"])
         if found["slices"]:
