@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from model import training_rows as tr
 from model.foreteller import Foreteller
-from model.ranker import Cases
+from model.ranker import ITEM, Cases
 from model.training_data import decayed_interests
 from model.windows import Labelled
 from profiles import neighbours, ranking
@@ -47,7 +47,7 @@ class Timed:
     def take(self, rows: Ints) -> Timed:
         """The cases of these rows."""
         c = self.cases
-        parts = (c.signals, c.item_log_events, c.shopper, c.target, c.log_chance)
+        parts = (c.signals, c.items, c.shopper, c.target, c.log_chance)
         cases = Cases(*(part[rows] for part in parts))
         return Timed(cases, self.user[rows], self.t_ms[rows], self.end[rows])
 
@@ -80,14 +80,14 @@ def make_cases(
     owner = tr.owners(windows)
     n, size = len(ends), len(vectors)
     signals = np.zeros((n, size, len(ranking.SIGNALS)), dtype=np.float32)
-    known = np.zeros((n, size), dtype=np.float32)
+    known = np.zeros((n, size, len(ITEM)), dtype=np.float32)
     target = np.zeros((n, size), dtype=np.float32)
     shopper = np.zeros((n, 3), dtype=np.float32)
     for block in np.array_split(np.arange(n), min(_BLOCKS, max(n, 1))):
         if not len(block):
             continue
         counted.tell(int(windows.t_ms[ends[block[0]]]))
-        counts = counted.counts()  # (C,)
+        counts, recent = counted.counts()  # (C,), (C,)
         for row in block.tolist():
             end = int(ends[row])
             first = int(windows.start[owner[end]])
@@ -99,7 +99,11 @@ def make_cases(
                 signals[row, item, 2] = ranking.covisitation(weight, float(counts[item]))
             for key, times in own.items():
                 signals[row, key - 1, 3] = times
-            known[row] = np.log1p(counts)
+            days = np.zeros(size)
+            asked_ms = int(targets.t_ms[targets.first[end]])  # when the shopper is back
+            for key, age in ranking.own_days(seen, asked_ms).items():
+                days[key - 1] = age
+            known[row] = np.log1p(np.stack([counts, recent, days], axis=-1))
             target[row, targets.item[targets.first[end] : targets.stop[end]]] = 1.0
             shopper[row] = ranking.shopper_features(seen, end - first + 1)
     _set_cosines(signals, windows, ends, vectors, half_lives_s, window, foreteller)
@@ -198,12 +202,13 @@ class _Counted:
                 neighbours.fold(self._tallies, rows, pairs, self._layout)
         self._told = max(self._told, until)
 
-    def counts(self) -> Floats:
-        """(C,) decayed events of each item."""
+    def counts(self) -> tuple[Floats, Floats]:
+        """(C,) decayed events of each item, and those of late."""
         header = self._tallies.header
         age_ms = header["updated_ms"].max() - header["updated_ms"]
         left = np.exp2(-age_ms / (1000.0 * self._layout.half_life_s))
-        return np.asarray(header["count"] * left, dtype=np.float32)
+        counts, recent = header["count"] * left, header["recent"] * left**neighbours.RECENT
+        return counts.astype(np.float32), recent.astype(np.float32)
 
     def near(self, seen: NDArray[Any]) -> dict[int, Neighbours]:
         """Neighbours of a window's latest items, by item key."""

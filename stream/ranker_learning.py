@@ -12,7 +12,7 @@ import numpy as np
 
 from model.evaluate import UserBootstrap, metric, ranks
 from model.gate import Figure
-from model.ranker import Weights, first_weights, fit
+from model.ranker import Weights, first_weights, fit, thinned
 from profiles.ranking import score
 
 from .ranker_cases import Timed
@@ -41,7 +41,7 @@ def fit_ranker(timed: Timed, live: Weights | None, margin: float, seed: int = 0)
         nothing = Figure(f"{_METRIC} of the ranker", np.nan, np.nan, np.nan, np.nan, 0)
         return FittedRanker(None, nothing)
     rows = np.arange(len(timed.t_ms))
-    fitted = fit(timed.take(rows[:split]).cases, before, seed=seed)
+    fitted = fit(thinned(timed.take(rows[:split]).cases, seed), before, seed=seed)
     judged = timed.take(rows[split:])
     figure = compare_scores(f"{_METRIC} of the ranker", (judged, before), (judged, fitted))
     return FittedRanker(fitted if figure.low > margin else None, figure)
@@ -71,6 +71,6 @@ def _ranks(weights: Weights, timed: Timed) -> np.ndarray[tuple[int], np.dtype[np
     places = []
     for rows in np.array_split(np.arange(len(timed.t_ms)), -(-len(timed.t_ms) // _CASES_AT_ONCE)):
         part = timed.take(rows).cases
-        scores = score(weights, part.signals, part.item_log_events, part.shopper)
+        scores = score(weights, part.signals, part.items, part.shopper)
         places.append(ranks(scores, *np.nonzero(part.target)))
     return np.concatenate(places)

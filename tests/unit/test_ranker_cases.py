@@ -73,8 +73,12 @@ def test_a_case_has_the_signals_of_the_stream_before_it() -> None:
         tallies = neighbour_oracle.fold(history(windows, t_ms))
         now_ms = max(t for tally in tallies.values() for _, t in tally.own)
 
-        def mass(weights: list[tuple[float, int]], now_ms: int = now_ms) -> float:
-            return sum(w * 2.0 ** ((t - now_ms) / (1000 * HALF_LIVES_S[-1])) for w, t in weights)
+        def mass(
+            weights: list[tuple[float, int]],
+            now_ms: int = now_ms,
+            half_life_s: float = HALF_LIVES_S[-1],
+        ) -> float:
+            return sum(w * 2.0 ** ((t - now_ms) / (1000 * half_life_s)) for w, t in weights)
 
         count = {k: mass(tally.own) for k, tally in tallies.items()}
         first = int(windows.start[user])
@@ -90,8 +94,12 @@ def test_a_case_has_the_signals_of_the_stream_before_it() -> None:
             want[key] /= (count.get(key, 0.0) + 1) ** 0.3
         got = timed.cases.signals[row]
         np.testing.assert_allclose(got[:, 2], want[1:], rtol=1e-4, atol=1e-6)
+        items = timed.cases.items[row]
         logs = [np.log1p(count.get(key, 0.0)) for key in range(1, ITEMS + 1)]
-        np.testing.assert_allclose(timed.cases.item_log_events[row], logs, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(items[:, 0], logs, rtol=1e-4, atol=1e-6)
+        recent = {k: mass(tally.own, half_life_s=259_200.0) for k, tally in tallies.items()}
+        logs = [np.log1p(recent.get(key, 0.0)) for key in range(1, ITEMS + 1)]
+        np.testing.assert_allclose(items[:, 1], logs, rtol=1e-4, atol=1e-6)
         own = np.zeros(ITEMS)
         for age, i in enumerate(reversed(mine.tolist())):  # every event an instant of its own
             own[windows.item[i]] += 0.9**age
@@ -100,6 +108,10 @@ def test_a_case_has_the_signals_of_the_stream_before_it() -> None:
         later = np.arange(end + 1, first + 8)
         good = later[(windows.weight[later] > 0) & (windows.item[later] >= 0)]
         assert np.flatnonzero(timed.cases.target[row]).tolist() == [windows.item[good[0]]]
+        days = np.zeros(ITEMS)  # since the shopper had an item, when they are back
+        for i in mine.tolist():
+            days[windows.item[i]] = (windows.t_ms[good[0]] - windows.t_ms[i]) / DAY_MS
+        np.testing.assert_allclose(items[:, 2], np.log1p(days), rtol=1e-5)
 
 
 def foreteller(seed: int = 1) -> Foreteller:
@@ -168,7 +180,7 @@ def planted(n: int, seed: int = 0) -> Timed:
     cases = replace(
         timed.cases,
         signals=signals,
-        item_log_events=np.full((n, items), 3.0, np.float32),
+        items=np.tile(np.float32([3.0, 1.0, 0.0]), (n, items, 1)),
         shopper=np.zeros((n, 3), np.float32),
         target=target,
         log_chance=np.zeros((n, items), np.float32),
