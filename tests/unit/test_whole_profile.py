@@ -19,7 +19,7 @@ from stream.evaluation_data import Recorded, windows_of
 
 ITEMS, USERS, DAYS, WIDTH = 24, 120, 24, 8
 SCHEDULE = Schedule(every_ms=6 * DAY_MS, first_epochs=6, epochs=1, newest_ms=12 * DAY_MS)
-SETTINGS = TrainSettings(events=8, batch_events=64, warmup_steps=5, device="cpu")
+SETTINGS = TrainSettings(events=8, batch_events=64, warmup_steps=5, newest_share=0.2, device="cpu")
 
 
 def shop(seed: int = 0) -> Recorded:
