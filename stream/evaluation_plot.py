@@ -49,7 +49,7 @@ def draw(report: Report, file: Path) -> None:
     locator = axes.xaxis.get_major_locator()
     axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)  # on the lines it would hide some
     try:
         figure.savefig(file, metadata={"Software": "penchant eval"})
     except OSError as error:
