@@ -56,7 +56,7 @@ lint: env ## ruff, mypy and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: env ## throughput and freshness beside a plain Faust pipeline
+bench: env ## throughput and freshness beside pipelines on Faust, Quix Streams and Bytewax
 	@exec $(BIN)/python -m tests.bench
 
 evaluation: env ## docs/evaluation.md's figures, on the sets in the folder DATA=…; hours

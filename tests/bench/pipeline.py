@@ -1,4 +1,4 @@
-"""Penchant beside a plain Faust pipeline: one run, one broker, one Redis, the same events.
+"""Penchant beside other pipelines of Python: one run, one broker, one Redis, the same events.
 
     python -m tests.bench                three repeats; writes the tables into docs/performance.md
     python -m tests.bench --quick        one short repeat, to see that it works; writes nothing
@@ -40,7 +40,7 @@ from stream.settings import Settings
 from stream.topics import create_topics
 from tests.foretelling import build_foretelling_release
 
-from . import ceilings, report, watching, workloads
+from . import ceilings, report, rivals, watching, workloads
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 RELEASES: Final = ROOT / ".penchant/bench/releases"
@@ -53,32 +53,42 @@ class Pipeline:
 
     name: str
     command: tuple[str, ...]
+    """Arguments of Python."""
     events: Mapping[str, int]
     """How many it is given, by workload: enough for about ten seconds."""
     profile_key: str
     """Of one shopper; `%s` twice: the namespace and the shopper."""
     settings: Mapping[str, str]
+    packages: str = ""
+    """Of `rivals`, which it needs and Penchant does not."""
 
 
-_PLAIN: Final = (sys.executable, "-m", "tests.bench.plain_faust", "worker", "--without-web")
+_BATCHED: Final = {"bursty": 60_000, "spread": 60_000}
+_ENCODED: Final = {"bursty": 4_000, "spread": 4_000}
+_PLAIN_KEY: Final = "%s:plain:%s"
+_FAUST: Final = ("-m", "tests.bench.rivals.plain_faust", "worker", "--without-web")
 PIPELINES: Final = (
+    Pipeline("plain Faust", _FAUST, _ENCODED, _PLAIN_KEY, {"BENCH_CACHE": "0"}),
+    Pipeline("plain Faust, items cached", _FAUST, _BATCHED, _PLAIN_KEY, {"BENCH_CACHE": "1"}),
     Pipeline(
-        "plain Faust",
-        _PLAIN,
-        {"bursty": 4_000, "spread": 4_000},
-        "%s:plain:%s",
-        {"BENCH_CACHE": "0"},
+        "Quix Streams, items cached",
+        ("-m", "tests.bench.rivals.quix"),
+        _BATCHED,
+        _PLAIN_KEY,
+        {"BENCH_CACHE": "1"},
+        packages="quix",
     ),
     Pipeline(
-        "plain Faust, items cached",
-        _PLAIN,
-        {"bursty": 60_000, "spread": 60_000},
-        "%s:plain:%s",
+        "Bytewax, items cached",
+        ("-m", "bytewax.run", "tests.bench.rivals.bytewax_flow"),
+        _BATCHED,
+        _PLAIN_KEY,
         {"BENCH_CACHE": "1"},
+        packages="bytewax",
     ),
     Pipeline(
         "Penchant",
-        (sys.executable, "-m", "stream.cli", "updater"),
+        ("-m", "stream.cli", "updater"),
         {"bursty": 600_000, "spread": 400_000},
         "%s:profile:{%s}",
         {},
@@ -124,6 +134,7 @@ class Bench:
             "MODEL_RELEASES": str(RELEASES),
             "STREAM_DATA_DIR": str(self.folder / "penchant"),
             "BENCH_CATALOGUE": str(self.folder / "catalogue.json"),
+            "BENCH_VECTORS": str(self.folder / "vectors.npy"),
             "BENCH_DATA_DIR": str(self.folder / "faust"),
         }
         with _environment(environment):
@@ -192,8 +203,8 @@ def measure(
         watching.produce(kafka, settings.namespace, work.records)
         keys = [pipeline.profile_key % (settings.namespace, u) for u in (*work.starts, *work.ends)]
         process = watching.PipelineProcess(
-            pipeline.command,
-            {**environment, **pipeline.settings},
+            (sys.executable, *pipeline.command),
+            {**environment, **pipeline.settings, **rivals.environment(pipeline.packages)},
             bench.folder / f"{settings.namespace}.log",
         )
         with process:
@@ -277,6 +288,7 @@ def _bench(fresh_s: float) -> Iterator[Bench]:
     folder = Path(tempfile.mkdtemp(prefix="penchant-bench-"))
     try:
         (folder / "catalogue.json").write_text(json.dumps(texts), encoding="utf-8")
+        np.save(folder / "vectors.npy", vectors)
         # A broker as a shop would run it: compiled in all tiers, not for a quick start.
         with (
             ApacheKafka(folder / "kafka", fast_start=False) as kafka,
