@@ -209,6 +209,15 @@ class Catalogue:
             for start in range(0, len(stale), _CHUNK):
                 self._complete(stale[start : start + _CHUNK])
 
+    def forget(self) -> None:
+        """Look everything up in Redis again, which may have lost what is remembered here, and put
+        there what it lacks. Raises RedisUnavailable."""
+        with self._lock:
+            self._changes = self._store.changes_end()
+            self._engine.table.discard(list(self._held))
+            self._held.clear()
+            self._category_names = {}
+
     def names_of(self, categories: Sequence[int]) -> dict[int, str]:
         """category key -> name, of those that profiles hold and any worker has met. Raises
         RedisUnavailable."""

@@ -12,11 +12,9 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from hashlib import sha1
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -234,10 +232,6 @@ class _SlowWire(Between):
         if _LOAD in request or _SAVE in request:
             threading.Event().wait(self._chance.uniform(0, 0.25))
         return request
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, suppress(OSError):  # Redis is down
-            super()._serve(client)
 
 
 _LOAD, _SAVE = _script(LOAD_SCRIPT), _script(SAVE_SCRIPT)
