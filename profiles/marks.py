@@ -69,10 +69,11 @@ class Marks:
         )
 
     def first(self, *, older: bool) -> None:
-        """Say, where nobody has yet, whether this namespace was written before there were marks.
-        Raises RedisUnavailable."""
+        """Say, where nobody has yet, whether this namespace was written before there were marks;
+        found out before this is called, and before this writer writes. Raises RedisUnavailable."""
         with redis_errors(self._where):
-            self._client.hsetnx(self._keys.marks(), schema.OLDER, "1" if older else "0")
+            if self._client.hget(self._keys.marks(), schema.OLDER) is None:
+                self._client.hset(self._keys.marks(), schema.OLDER, "1" if older else "0")
 
     def _guarded(self, script: str, arguments: Sequence[str]) -> list[Any]:
         with self.steps(1) as steps:

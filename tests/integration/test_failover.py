@@ -18,10 +18,11 @@ from model.releases import Release
 from profiles.items import ItemStore
 from profiles.schema import Keys, key64
 from stream import metrics
-from stream.events import Item
+from stream.events import Forget, Item
 from stream.local_stack import ApacheKafka, RedisServer
 from stream.settings import (
     KafkaSettings,
+    LearnSettings,
     ModelSettings,
     ProfileSettings,
     RedisSettings,
@@ -29,7 +30,7 @@ from stream.settings import (
     StreamSettings,
 )
 from stream.topics import create_topics
-from tests import oracle
+from tests import neighbour_oracle, oracle
 from tests.between import Between
 from tests.integration.shop_traffic import (
     Expectation,
@@ -39,11 +40,13 @@ from tests.integration.shop_traffic import (
     films,
     stored_profiles,
 )
+from tests.integration.test_neighbours import stored_neighbours
 from tests.integration.worker_process import (
     LocalWorker,
     build_tiny_release,
     eventually,
     wait_until_folded,
+    workers,
 )
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis, pytest.mark.timeout(300)]
@@ -230,6 +233,32 @@ def test_an_emptied_redis_is_filled_from_the_topics(shop: Shop, store: Store) ->
         shop.send(2)
         shop.assert_all_right()
         assert worker.error is None
+
+
+def test_neighbours_lose_nothing_either(
+    shop: Shop, store: Store, release: Release, tmp_path: Path
+) -> None:
+    settings = shop.settings.model_copy(update={"learn": LearnSettings(neighbours=True)})
+    create_topics(settings)
+    shop.settings = settings
+    shop.records = [record for record in shop.records if not isinstance(record, Forget)]
+    with workers(tmp_path) as start:
+        worker = start(settings, "ann").wait_ready()
+        shop.fold(0)
+        store.remember()
+        shop.fold(1)
+        store.go_back()
+        shop.send(2)
+        shop.assert_all_right()
+        expected = neighbour_oracle.fold(Expectation(settings, release).events())
+        with store.client as client:
+
+            def wrong() -> list[str]:
+                stored = stored_neighbours(client, settings.namespace)
+                return neighbour_oracle.compare(stored, expected)
+
+            eventually(f"neighbours as expected\n{worker.log}", lambda: not wrong(), 60)
+        assert worker.metric("penchant_redis_went_back") == 2  # for profiles, and for neighbours
 
 
 def test_failovers_amid_the_flow_lose_nothing(shop: Shop, store: Store) -> None:
