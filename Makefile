@@ -8,7 +8,7 @@ RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-learn test lint bench clean
+.PHONY: help env demo demo-learn test lint bench evaluation clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -58,6 +58,10 @@ lint: env ## ruff, mypy and the direction of imports
 
 bench: env ## throughput and freshness beside a plain Faust pipeline
 	@exec $(BIN)/python -m tests.bench
+
+evaluation: env ## docs/evaluation.md's figures, on the sets in the folder DATA=…; hours
+	@if [ -z "$(DATA)" ]; then echo >&2 "Name the folder of the sets: make evaluation DATA=folder"; exit 1; fi
+	exec env OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.quality.document $(DATA)
 
 clean: ## stops the local stack; removes what can be made again, .venv included
 	@if [ -e .penchant/stack.json ]; then $(BIN)/penchant down; fi

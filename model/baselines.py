@@ -10,6 +10,7 @@ Neural yardsticks (SASRec, GRU4Rec) live beside the benchmarks, because nothing 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,7 @@ from .prequential import NO_ITEM, Events, Scorer
 
 MOST_ITEMS: Final = 30_000  # 3.6 GB of pair counts
 DAY_MS: Final = 86_400_000.0
+HALF_LIVES_MS: Final = (1_800_000.0, DAY_MS, 30 * DAY_MS)  # of a profile's time scales
 
 _TIE_BREAK: Final = 1e-6
 _NO_ITEMS: Final[Int32s] = np.zeros(0, dtype=np.int32)
@@ -65,7 +67,7 @@ class OwnFrequency:
     def __init__(self, n_items: int, decay: float = 0.9) -> None:
         self._n_items, self._decay = n_items, decay
         self._popular = Popular(n_items)
-        self._own: dict[int, tuple[Ints, NDArray[np.float64]]] = {}
+        self._own: dict[int, tuple[Ints, NDArray[np.float64], Ints]] = {}
 
     def scores(self, users: Ints, t_ms: Ints) -> Floats:
         return self.masses(users) + np.float32(_TIE_BREAK) * self._popular.scores(users, t_ms)
@@ -75,19 +77,31 @@ class OwnFrequency:
         masses = np.zeros((len(users), self._n_items), dtype=np.float32)
         for row, user in enumerate(users.tolist()):
             if user in self._own:
-                items, mass = self._own[user]
+                items, mass, _ = self._own[user]
                 masses[row, items] = mass
         return masses
 
+    def ages_ms(self, users: Ints, t_ms: Ints) -> Floats:
+        """(n, n_items) since each shopper had each item last; 0 = never, or now."""
+        ages = np.zeros((len(users), self._n_items), dtype=np.float32)
+        for row, (user, now_ms) in enumerate(zip(users.tolist(), t_ms.tolist(), strict=True)):
+            if user in self._own:
+                items, _, latest_ms = self._own[user]
+                ages[row, items] = now_ms - latest_ms
+        return ages
+
     def update(self, events: Events) -> None:
         self._popular.update(events)
-        for user, _, basket in baskets(_positive(events)):
-            items, mass = self._own.get(user, (np.zeros(0, np.int64), np.zeros(0)))
+        nothing = np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64)
+        for user, t_ms, basket in baskets(_positive(events)):
+            items, mass, latest_ms = self._own.get(user, nothing)
             items, place = np.unique(
                 np.concatenate([items, basket.astype(np.int64)]), return_inverse=True
             )
             share = np.concatenate([mass * self._decay, np.ones(len(basket))])
-            self._own[user] = items, np.bincount(place, share).astype(np.float64)
+            times = np.zeros(len(items), dtype=np.int64)
+            np.maximum.at(times, place, np.append(latest_ms, np.full(len(basket), t_ms)))
+            self._own[user] = items, np.bincount(place, share).astype(np.float64), times
 
 
 class LastBasket:
@@ -161,7 +175,72 @@ class ItemNeighbours:
         np.add.at(self._counts, events.item, 1)
 
 
+class FadingNeighbours:
+    """Item-kNN that forgets, and takes what happened at once as one step.
+
+    Pairs and counts as in `ItemNeighbours`, with a half-life; in a score, `decay` is per instant
+    of the shopper, not per item: the lines of an invoice are equally old. `depth` instants are
+    looked at. What readers compute from neighbour lists (`profiles/ranking.py`).
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        half_life_ms: float = 30 * DAY_MS,
+        decay: float = 0.8,
+        backward: float = 0.7,
+        depth: int = 20,
+    ) -> None:
+        _check_size(n_items)
+        self._pairs = np.zeros((n_items, n_items), dtype=np.float32)
+        self._counts = np.zeros(n_items, dtype=np.float32)
+        self._half_life_ms = half_life_ms
+        self._decay, self._backward, self._depth = decay, backward, depth
+        self._tail: dict[int, Int32s] = {}
+        self._latest: dict[int, deque[Int32s]] = {}
+        # New pairs grow instead of old ones fading: 2^((now - since) / half-life), made 1 again
+        # before float32 notices.
+        self._since_ms: float | None = None
+        self._grown = 1.0
+
+    def scores(self, users: Ints, t_ms: Ints) -> Floats:
+        scores = np.zeros((len(users), len(self._counts)), dtype=np.float32)
+        counts = self._counts / np.float32(self._grown)
+        start = (counts + 1) ** -0.5 / np.float32(self._grown)
+        for row, user in enumerate(users.tolist()):
+            for age, items in enumerate(reversed(self._latest.get(user, ()))):
+                scores[row] += self._decay**age * (start[items] @ self._pairs[items])
+        return np.asarray(scores * (counts + 1) ** -0.3, dtype=np.float32)
+
+    def update(self, events: Events) -> None:
+        events = _positive(events)
+        if not len(events):
+            return
+        self._grow(float(events.t_ms.max()))
+        grown = np.float32(self._grown)
+        for user, items in by_user(events):
+            tail = self._tail.get(user, _NO_ITEMS)
+            near = np.concatenate([tail, items])
+            earlier, later, d = _pairs_within(len(near), len(tail))
+            np.add.at(self._pairs, (near[earlier], near[later]), grown / d)
+            np.add.at(self._pairs, (near[later], near[earlier]), grown * self._backward / d)
+            self._tail[user] = near[-_DISTANCE:]
+        np.add.at(self._counts, events.item, grown)
+        for user, _, basket in baskets(events):
+            self._latest.setdefault(user, deque(maxlen=self._depth)).append(basket)
+
+    def _grow(self, now_ms: float) -> None:
+        if self._since_ms is None:
+            self._since_ms = now_ms
+        self._grown = 2.0 ** max((now_ms - self._since_ms) / self._half_life_ms, 0.0)
+        if self._grown > _MOST_GROWN:
+            self._pairs /= np.float32(self._grown)
+            self._counts /= np.float32(self._grown)
+            self._since_ms, self._grown = now_ms, 1.0
+
+
 _DISTANCE: Final = 7
+_MOST_GROWN: Final = 2.0**20
 
 
 def _pairs_within(count: int, old: int) -> tuple[Ints, Ints, Floats]:
@@ -199,10 +278,8 @@ class TextProfile:
     """
 
     def __init__(
-        self, vectors: Floats, n_users: int, half_lives_ms: Sequence[float] = (
-            1_800_000.0, DAY_MS, 30 * DAY_MS,
-        ),
-    ) -> None:  # fmt: skip
+        self, vectors: Floats, n_users: int, half_lives_ms: Sequence[float] = HALF_LIVES_MS
+    ) -> None:
         self._vectors = vectors
         self._half_lives_ms = np.asarray(half_lives_ms)  # (K,)
         self._sums = np.zeros((n_users, len(half_lives_ms), vectors.shape[1]), dtype=np.float32)

@@ -1,25 +1,29 @@
 """A candidate beside what is live, on the same windows: the figures that the gate decides on.
 
 PURE but for the networks it runs. Both rank the whole catalogue after windows whose target is
-newer than anything the candidate was trained on, and after older ones. Intervals are of paired
-differences, by resampling users (`evaluate.UserBootstrap`).
+newer than anything the candidate was trained on, and after older ones; on the newest only
+shoppers that had no say in when the training stopped. They do so by the window encoder, which is
+what training improves, and by the decayed interests, which is what readers search by. Intervals are
+of paired differences, by resampling users (`evaluate.UserBootstrap`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from . import training_rows as tr
+from .candidate import Candidate
 from .evaluate import UserBootstrap, auc, calibration_error, metric, ranks
 from .gate import Comparison, Figure
 from .heads import HEADS, Heads
-from .projection import unit_rows
-from .trainer import Candidate, window_inputs
+from .training_data import decayed_interests, next_interests, sample, window_inputs
 from .window_encoder import WindowEncoder
 from .windows import Labelled
 
@@ -28,7 +32,6 @@ Ints = npt.NDArray[np.int64]
 
 METRIC = "recall@20"
 _CHUNK = 256  # windows ranked at a time
-_DECAY = 0.8  # per event, in the profile of a release without a window encoder
 _NEW_USER_EVENTS = 5
 _RARE_EVENTS = 3  # training events of an item that is rare
 
@@ -48,12 +51,7 @@ class Contender:
 
     def interests(self, windows: Labelled, ends: Ints, events: int) -> Floats:
         """(k, D) next interests after the windows that end with events `ends` (k,)."""
-        inputs, types, t_ms, length = window_inputs(windows, ends, self.vectors, events)
-        if self.window is not None and self.window.shape.events >= inputs.shape[1]:
-            return self.window.encode(inputs, types, t_ms, length)
-        age = length[:, None] - 1 - np.arange(inputs.shape[1])  # (k, L)
-        weight = np.where(age >= 0, _DECAY ** np.maximum(age, 0), 0.0)
-        return unit_rows(np.einsum("kl,kld->kd", weight, inputs))
+        return next_interests(windows, ends, self.vectors, self.window, events)
 
     def chances(self, windows: Labelled, ends: Ints, events: int) -> dict[str, Floats]:
         """(k,) of each head after those windows; {} without heads."""
@@ -76,12 +74,17 @@ def compare(
     cut_ms: int,
     item_events: Ints,
     events: int,
+    half_lives_s: Sequence[float],
+    item_slices: Mapping[str, tr.Bools] | None = None,
     most: int = 2_000,
     seed: int = 0,
     transition_cosine: float | None = None,
+    norms: Mapping[str, tuple[float, float]] | None = None,
 ) -> Comparison:
     """Both on the same windows. `cut_ms`: the candidate has seen nothing since; `item_events`
-    (n,): training events of each item; `most`: windows ranked of either age, drawn with `seed`.
+    (n,): training events of each item; `half_lives_s`: of a profile's time scales; `item_slices`:
+    name -> (n,) items to look at by themselves, beside those that happened rarely; `most`: windows
+    ranked of either age, drawn with `seed`.
     """
     numbers = (candidate.vectors, *_weights(candidate))
     non_finite = sum(int((~np.isfinite(array)).sum()) for array in numbers)
@@ -89,26 +92,32 @@ def compare(
         return Comparison(Figure(METRIC, np.nan, np.nan, np.nan, np.nan, 0), non_finite=non_finite)
     targets = tr.find_targets(windows)
     asked = tr.asked_at(windows)
+    judging = ~tr.stopping(windows)[tr.owners(windows)]
     contenders = (current, candidate)
-    newest = _Ranked.of(
-        windows, targets, asked & targets.since(cut_ms), contenders, events, most, seed
-    )
-    older = _Ranked.of(
-        windows, targets, asked & targets.before(cut_ms), contenders, events, most, seed
-    )
+    by_window = [partial(c.interests, windows, events=events) for c in contenders]
+    vectors = [c.vectors for c in contenders]
+    fresh = sample(np.flatnonzero(asked & judging & targets.since(cut_ms)), most, seed)
+    aged = sample(np.flatnonzero(asked & targets.before(cut_ms)), most, seed)
+    newest = _Ranked.of(windows, targets, fresh, vectors, by_window)
+    older = _Ranked.of(windows, targets, aged, vectors, by_window)
+    by_decay = [partial(_interests, windows, each, half_lives_s) for each in vectors]
+    served = _Ranked.of(windows, targets, fresh, vectors, by_decay)
     place = newest.end - windows.start[newest.user] + 1  # how many events the user had
     slices = {
         "new users": place <= _NEW_USER_EVENTS,
         "returning users": place > _NEW_USER_EVENTS,
         "rare items": item_events[newest.item] <= _RARE_EVENTS,
-    }
-    heads, calibration = _heads(windows, cut_ms, contenders, events, most, seed)
+    } | {name: items[newest.item] for name, items in (item_slices or {}).items()}
+    told = sample(np.flatnonzero(judging & (windows.t_ms >= cut_ms)), most, seed)
+    heads, calibration = _heads(windows, told, contenders, events)
     return Comparison(
         newest=newest.figure(METRIC),
         older=(older.figure(METRIC),),
         heads=heads,
         slices=tuple(newest.figure(f"{METRIC} of {name}", at) for name, at in slices.items()),
+        served=(served.figure(f"{METRIC} by decayed interests"),),
         calibration=calibration,
+        norms=norms or {},
         transition_cosine=transition_cosine,
     )
 
@@ -127,13 +136,12 @@ class _Ranked:
         cls,
         windows: Labelled,
         targets: tr.Targets,
-        where: tr.Bools,
-        contenders: Sequence[Contender],
-        events: int,
-        most: int,
-        seed: int,
+        ends: Ints,
+        vectors: Sequence[Floats],
+        interests: Sequence[Callable[[Ints], Floats]],
     ) -> _Ranked:
-        ends = _sample(np.flatnonzero(where), most, seed)
+        """`interests`: of each contender, ends (k,) -> rows (k, D) that its `vectors` (n, D) are
+        ranked by."""
         spread = targets.stop[ends] - targets.first[ends]
         end = np.repeat(ends, spread)
         item = np.concatenate(
@@ -144,10 +152,10 @@ class _Ranked:
             ]
         ).astype(np.int64)
         found: list[npt.NDArray[Any]] = []
-        for contender in contenders:
+        for items, interest in zip(vectors, interests, strict=True):
             places = [np.zeros(0, np.int32)]
             for part in _parts(ends):
-                scores = contender.interests(windows, part, events) @ contender.vectors.T  # (k, n)
+                scores = interest(part) @ items.T  # (k, n)
                 mine = np.isin(end, part)
                 places.append(ranks(scores, np.searchsorted(part, end[mine]), item[mine]))
             found.append(np.concatenate(places))
@@ -166,16 +174,43 @@ class _Ranked:
         return Figure(name, means[0], means[1], change.low, change.high, count)
 
 
+def _interests(
+    windows: Labelled, vectors: Floats, half_lives_s: Sequence[float], ends: Ints
+) -> Floats:
+    """(k, D) what readers search and rank by after events `ends` (k,): all time scales together."""
+    found = [decayed_interests(windows, end, vectors, half_lives_s) for end in ends.tolist()]
+    return np.stack([scales.mean(axis=0) for scales in found])
+
+
+def weight_norms(
+    current: Candidate | None, candidate: Candidate
+) -> Mapping[str, tuple[float, float]]:
+    """Lengths of what both learned; {} where the current release was never trained, whose weights
+    are of another scale."""
+    if current is None:
+        return {}
+    both = (current, candidate)
+    of: dict[str, Callable[[Candidate], Iterable[npt.NDArray[Any]]]] = {
+        "the projection": lambda c: [c.projection.matrix],
+        "the window encoder": lambda c: _arrays(c.window),
+        "the heads": lambda c: _arrays(c.heads),
+    }
+    norms = {name: tuple(map(_length, map(arrays, both))) for name, arrays in of.items()}
+    return {name: (before, after) for name, (before, after) in norms.items()}
+
+
+def _length(arrays: Iterable[npt.NDArray[Any]]) -> float:
+    return float(np.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays)))
+
+
+def _arrays(module: nn.Module) -> list[npt.NDArray[Any]]:
+    return [value.detach().cpu().numpy() for value in module.parameters()]
+
+
 def _heads(
-    windows: Labelled,
-    cut_ms: int,
-    contenders: tuple[Contender, Contender],
-    events: int,
-    most: int,
-    seed: int,
+    windows: Labelled, ends: Ints, contenders: tuple[Contender, Contender], events: int
 ) -> tuple[tuple[Figure, ...], tuple[Figure, ...]]:
     """AUC, and calibration errors with their sign turned, of heads that both contenders have."""
-    ends = _sample(np.flatnonzero(windows.t_ms >= cut_ms), most, seed)
     chances = [
         contender.chances(windows, ends, events) if len(ends) else {} for contender in contenders
     ]
@@ -213,9 +248,3 @@ def _weights(contender: Contender) -> list[npt.NDArray[Any]]:
 
 def _parts(ends: Ints) -> list[Ints]:
     return [ends[i : i + _CHUNK] for i in range(0, len(ends), _CHUNK)]
-
-
-def _sample(ends: Ints, most: int, seed: int) -> Ints:
-    if len(ends) <= most:
-        return ends
-    return np.sort(np.random.default_rng(seed).choice(ends, most, replace=False))

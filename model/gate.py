@@ -44,7 +44,9 @@ class Comparison:
     older: tuple[Figure, ...] = ()
     heads: tuple[Figure, ...] = ()
     slices: tuple[Figure, ...] = ()
-    """New users, rare categories, languages, …"""
+    """New users, rare items and categories, scripts, …"""
+    served: tuple[Figure, ...] = ()
+    """By what readers search and rank: the newest figure is of one signal among several."""
     calibration: tuple[Figure, ...] = ()
     """Negative calibration errors, so that higher is better here as well."""
     non_finite: int = 0
@@ -63,6 +65,7 @@ class Bounds:
     older_tolerance: float = 0.005
     head_tolerance: float = 0.01
     slice_tolerance: float = 0.01
+    served_tolerance: float = 0.005
     calibration_tolerance: float = 0.02
     norm_ratio: float = 4.0  # candidate to current, or the reverse
     least_transition_cosine: float = 0.7
@@ -99,6 +102,7 @@ def decide(comparison: Comparison, bounds: Bounds | None = None) -> Decision:
         (comparison.older, bounds.older_tolerance, "older windows"),
         (comparison.heads, bounds.head_tolerance, "head"),
         (comparison.slices, bounds.slice_tolerance, "slice"),
+        (comparison.served, bounds.served_tolerance, "served"),
         (comparison.calibration, bounds.calibration_tolerance, "calibration"),
     ):
         reasons += _worse(figures, tolerance, where)

@@ -37,6 +37,7 @@ def sampled_softmax(
     scale: Tensor,
     log_chance: Tensor | None = None,
     hard: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy of picking each query's item among the step's candidates.
 
@@ -44,7 +45,8 @@ def sampled_softmax(
     `candidates`, `scale` the inverse temperature. `log_chance` (c,) corrects for popular
     items being candidates more often (logQ: Bengio and Senecal 2008; Yi et al. 2019);
     without it the candidates are taken for the whole catalogue. `hard` (m, h, D) are further
-    negatives of one query each, not corrected. Candidates are different items, so that no
+    negatives of one query each, not corrected. `weight` (m,) is what each query counts, of which
+    one is positive. Candidates are different items, so that no
     query is punished for its own target under another column.
     """
     logits = scale * (queries @ candidates.T)  # (m, c)
@@ -53,7 +55,10 @@ def sampled_softmax(
     if hard is not None:
         own = scale * torch.einsum("md,mhd->mh", queries, hard)  # (m, h)
         logits = torch.cat([logits, own], dim=1)
-    return cross_entropy(logits.float(), target)
+    if weight is None:
+        return cross_entropy(logits.float(), target)
+    each = cross_entropy(logits.float(), target, reduction="none")  # (m,)
+    return (each * weight).sum() / weight.sum()
 
 
 def class_weights(labels: Tensor) -> tuple[float, float]:

@@ -1,15 +1,16 @@
 """Four signals -> one score: which of them to trust, for this shopper and this item.
 
     score = sum over signals k of  gate_k(shopper, item) * shape_k(signal_k)  + prior(shopper)
+            + a layer of 16 units over all of it
 
 Two signals are cosines (next interest, decayed text), two are counts (co-visitation, the
 shopper's own purchases), which are shaped by a logarithm whose knee is learned. Gates are
 positive and depend on how much is known: of the shopper (events, repeats) and of the item
-(events, decayed). So a new item leans on its text and a regular customer on her habits, and
-more of a signal never lowers a score.
+(events, decayed). So a new item leans on its text and a regular customer on her habits. The
+layer is for what no gate can say: that two signals agree, or that a count is of the wrong size.
 
-An item's decayed count is also a signal of its own: with a half-life of three weeks it was
-worth 2 to 3 % of Recall@20 over a count since the beginning, in a shop of seasonal gifts.
+An item's decayed counts are also signals of their own, of a month and of days: what sells now
+and did not a month ago is new, or back, or in season.
 
 Items that a shopper had before and items that are new to her have weights of their own, and the
 prior is between the two: some shops sell the same again and some never do, and what says which
@@ -20,7 +21,7 @@ The weights are a handful of plain arrays; torch is only imported to train them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -42,7 +43,11 @@ RANKER: Final = "ranker.safetensors"  # the part of a release that holds the wei
 SIGNALS: Final = ("next_interest", "text", "covisitation", "own")
 _COUNTS: Final = (2, 3)  # of SIGNALS: counts, not cosines
 SHOPPER: Final = ("log_events", "log_own", "repeat_share")
+# What is known of an item: decayed counts of all shoppers' events with it, on the scale of
+# co-visitation and on a tenth of that, and the days since this shopper last had it (0: never).
+ITEM: Final = ("log_events", "log_recent", "log_own_days")
 
+_UNITS: Final = 16
 KINDS: Final = ("new", "had")  # of items, for this shopper
 _SHAPES: Final[Mapping[str, tuple[int, ...]]] = {
     "gate": (len(KINDS), len(SIGNALS)),  # before softplus
@@ -50,15 +55,23 @@ _SHAPES: Final[Mapping[str, tuple[int, ...]]] = {
     "gate_item": (len(KINDS), len(SIGNALS)),
     # Log of 1 / the count at which the logarithm bends.
     "knee": (len(KINDS), len(_COUNTS)),
-    "item": (len(KINDS),),  # what an item's own log count adds
+    "item": (len(KINDS), len(ITEM)),  # what is known of an item adds
     "had": (1,),  # what it adds that the shopper had the item at all
     "had_shopper": (len(SHOPPER),),
+    # The layer: of shaped signals and the item, of the shopper, and out.
+    "mix": (len(KINDS), _UNITS, len(SIGNALS) + len(ITEM)),
+    "mix_shopper": (len(KINDS), _UNITS, len(SHOPPER)),
+    "mix_bias": (len(KINDS), _UNITS),
+    "mix_out": (len(KINDS), _UNITS),
 }
 _FIRST_KNEE: Final = float(np.log(1 / 0.02))
 # All shaped signals, and all that gates depend on, of about the same size: else a learning
 # rate that suits the counts leaves the cosines where they were.
 _COSINE_SCALE: Final = 10.0
 _USUAL_LOG: Final = 3.0
+_USUAL: Final = (_USUAL_LOG, 1.0, 0.0)  # of ITEM
+# Shaped signals reach 5, and a unit should begin near its bend.
+_MIX_SCALE: Final = 0.2
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Cases:
     """
 
     signals: Floats  # (n, C, 4), in the order of SIGNALS
-    item_log_events: Floats  # (n, C) log(1 + decayed count of all shoppers' events with the item)
+    items: Floats  # (n, C, 3), in the order of ITEM
     shopper: Floats  # (n, 3): log(1 + events), log(1 + items had), share of repeats among events
     target: Floats  # (n, C) 1 for what came next, 0 for the rest
     log_chance: Floats  # (n, C) log of the chance to be a candidate, 0 for what always is
@@ -80,7 +93,7 @@ class Cases:
         n, count = self.target.shape
         shapes = {
             "signals": (n, count, len(SIGNALS)),
-            "item_log_events": (n, count),
+            "items": (n, count, len(ITEM)),
             "shopper": (n, len(SHOPPER)),
             "log_chance": (n, count),
         }
@@ -99,8 +112,8 @@ def first_weights() -> Weights:
     }
 
 
-def score(weights: Weights, signals: Floats, item_log_events: Floats, shopper: Floats) -> Floats:
-    """Scores (..., C) of C items from signals (..., C, 4), counts (..., C), shopper (..., 3).
+def score(weights: Weights, signals: Floats, items: Floats, shopper: Floats) -> Floats:
+    """Scores (..., C) of C items from signals (..., C, 4), items (..., C, 3), shopper (..., 3).
 
     Any leading axes. Counts of nothing are 0, cosines of nothing are 0. Readers, who have no
     torch, compute the same in `profiles/ranking.py`.
@@ -109,28 +122,32 @@ def score(weights: Weights, signals: Floats, item_log_events: Floats, shopper: F
 
     tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
     with torch.inference_mode():
-        given = (torch.from_numpy(each) for each in (signals, item_log_events, shopper))
+        given = (torch.from_numpy(each) for each in (signals, items, shopper))
         return score_torch(tensors, *given).numpy()
 
 
 def score_torch(
     weights: Mapping[str, torch.Tensor],
     signals: torch.Tensor,
-    item_log_events: torch.Tensor,
+    items: torch.Tensor,
     shopper: torch.Tensor,
 ) -> torch.Tensor:
     """The same as `score`, with gradients."""
     import torch
     from torch.nn.functional import softplus
 
-    known = item_log_events - _USUAL_LOG
+    known = items - torch.tensor(_USUAL)  # (..., C, 3)
     of_kind = []
     for kind in range(len(KINDS)):
         gate = (shopper @ weights["gate_shopper"][kind].T + weights["gate"][kind]).unsqueeze(-2)
-        gate = softplus(gate + known[..., None] * weights["gate_item"][kind])  # (..., C, 4)
+        gate = softplus(gate + known[..., :1] * weights["gate_item"][kind])  # (..., C, 4)
         counts = torch.log1p(signals[..., _COUNTS[0] :] * weights["knee"][kind].exp())
         shaped = torch.cat([signals[..., : _COUNTS[0]] * _COSINE_SCALE, counts], dim=-1)
-        of_kind.append((gate * shaped).sum(-1) + weights["item"][kind] * known)
+        read = torch.cat([shaped, known], dim=-1)  # (..., C, 7)
+        about = shopper @ weights["mix_shopper"][kind].T + weights["mix_bias"][kind]
+        units = torch.relu(read @ weights["mix"][kind].T + about.unsqueeze(-2))  # (..., C, 16)
+        mixed = units @ weights["mix_out"][kind]
+        of_kind.append((gate * shaped).sum(-1) + known @ weights["item"][kind] + mixed)
     new, again = of_kind
     prior = weights["had"] + (shopper @ weights["had_shopper"]).unsqueeze(-1)  # (..., 1)
     return torch.where(signals[..., _COUNTS[1]] > 0, again + prior, new)
@@ -161,12 +178,15 @@ def fit(
             "wait for shoppers to come back, or take more candidates"
         )
     start = first_weights() if weights is None else weights
+    if not start["mix"].any():  # units that read alike would stay alike
+        drawn = np.random.default_rng(seed).normal(size=_SHAPES["mix"]) * _MIX_SCALE
+        start = start | {"mix": drawn.astype(np.float32)}
     learned = {
         name: torch.tensor(start[name], dtype=torch.float32, requires_grad=True) for name in _SHAPES
     }
     tensors = {
         name: torch.from_numpy(np.ascontiguousarray(getattr(cases, name)))
-        for name in ("signals", "item_log_events", "shopper", "target", "log_chance")
+        for name in ("signals", "items", "shopper", "target", "log_chance")
     }
     optimizer = torch.optim.Adam(list(learned.values()), lr=learning_rate)
     total = epochs * -(-len(useful) // batch)
@@ -181,6 +201,50 @@ def fit(
         (loss + decay * bend).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return {name: value.detach().numpy().copy() for name, value in learned.items()}
+
+
+def thinned(cases: Cases, seed: int, *, top: int = 40, others: int = 120) -> Cases:
+    """The same rankings of fewer items: the targets, the `top` highest of every signal and of both
+    counts, and `others` of the rest, with the chance that each of these had."""
+    n, count = cases.target.shape
+    size = min(count, (len(SIGNALS) + 2) * top + others)
+    if size == count:
+        return cases
+    rng = np.random.default_rng(seed)
+    chosen = np.empty((n, size), dtype=np.int64)
+    log_chance = np.zeros((n, size), dtype=np.float32)
+    for row in range(n):
+        ways = [*cases.signals[row].T, *cases.items[row, :, :2].T]
+        best = [np.argpartition(way, -top)[-top:] for way in ways]
+        high = np.unique(
+            np.concatenate([part[way[part] > 0] for part, way in zip(best, ways, strict=True)])
+        )
+        rest = np.setdiff1d(np.arange(count), high)
+        drawn = rng.permutation(rest)[: size - len(high)]
+        # What came next always takes part; its chance is that of what it is among.
+        missed = np.setdiff1d(np.flatnonzero(cases.target[row]), [*high, *drawn])[: len(drawn)]
+        drawn[len(drawn) - len(missed) :] = missed
+        chosen[row] = np.concatenate([high, drawn])
+        log_chance[row, len(high) :] = np.log((size - len(high)) / len(rest))
+    rows = np.arange(n)[:, None]
+    return Cases(
+        cases.signals[rows, chosen],
+        cases.items[rows, chosen],
+        cases.shopper,
+        cases.target[rows, chosen],
+        cases.log_chance[rows, chosen] + log_chance,
+    )
+
+
+def joined(parts: Iterable[Cases]) -> Cases:
+    """One after the other."""
+    parts = list(parts)
+    return Cases(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("signals", "items", "shopper", "target", "log_chance")
+        )
+    )
 
 
 def save_weights(weights: Weights, path: Path) -> None:

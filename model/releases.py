@@ -452,6 +452,14 @@ def load(path: Path) -> Release:
     return release
 
 
+def tower_id(release: Release) -> str:
+    """Of what the tower makes of a text, before any projection: the same for releases whose
+    towers, and ways of reading, are the same. Raises ReleaseCorrupt."""
+    files = _read_manifest(release.path)["files"]
+    tower = {name: digest for name, digest in files.items() if name.startswith(f"{ENCODER}/")}
+    return _digest({"tower": tower, "reading": _reading(release)})
+
+
 def peek(path: Path) -> Release:
     """What the manifest at `path` says, without a look at the files. Raises as `load`."""
     return _peeked(path)[1]

@@ -8,6 +8,7 @@ newest slice apart, and plans batches. Knows nothing of networks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from .windows import Labelled
 
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 
@@ -29,6 +31,7 @@ class Targets:
 
     item: Int32s  # (p,) items of all positive item events, by user and time
     t_ms: Ints  # (p,)
+    weight: Floats  # (p,) of the events, above 0
     first: Ints  # (m,) targets of event e are item[first[e]:stop[e]]; first = stop: none
     stop: Ints  # (m,)
 
@@ -62,6 +65,14 @@ def owners(windows: Labelled) -> Ints:
     return np.repeat(np.arange(len(windows.user)), np.diff(windows.start))
 
 
+def stopping(windows: Labelled) -> Bools:
+    """(u,) half of the users, by their ids: those whose newest windows decide when a training
+    stops. The others judge what came of it; best of several epochs on the very windows that it
+    is judged by would look better than it is."""
+    digests = (blake2b(user.encode(), digest_size=1).digest()[0] for user in windows.user)
+    return np.fromiter(digests, np.uint8, len(windows.user)) < 128
+
+
 def find_targets(windows: Labelled) -> Targets:
     """The targets of every event. Needs each user's events in time order."""
     user = owners(windows)
@@ -81,6 +92,7 @@ def find_targets(windows: Labelled) -> Targets:
     return Targets(
         item=windows.item[positive].astype(np.int32),
         t_ms=windows.t_ms[positive],
+        weight=windows.weight[positive],
         first=later,
         stop=np.where(same, end, later),
     )

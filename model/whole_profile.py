@@ -1,13 +1,13 @@
 """The whole profile as a `Scorer`: four signals and a ranker, retrained as the side worker does it.
 
 It is judged like any baseline, in event time: between two trainings only counters and sums move,
-and a training sees what was told before it and nothing else. Knows columns of numbers; knows no
-archive, no release and no gate.
+and a training sees what was told before it and nothing else. The gate decides as it does live: a
+candidate that it rejects is not swapped in. Knows columns of numbers; knows no archive and no
+release.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from . import ranker, trainer
-from .baselines import DAY_MS, ItemNeighbours, OwnFrequency, Popular, TextSteps, baskets
-from .evaluate import Floats, Int32s, Ints
+from . import gate, ranker, trainer
+from .baselines import DAY_MS, HALF_LIVES_MS, baskets
+from .comparison import Contender, compare
+from .evaluate import Floats, Ints
 from .prequential import NO_ITEM, Events
-from .ranker import Cases
+from .profile_signals import ProfileSignals, Read
+from .ranker import Cases, Weights
 from .trainer import Base, Candidate, Catalogue, TrainSettings
+from .transition import fit_transition
 from .windows import Labelled
 
-_ITEM_HALF_LIFE_MS: Final = 21 * DAY_MS
-_STEP: Final = 0.7  # what each instant counts of the next, in the text signal
-_CASES: Final = 2_000  # newest rankings that the ranker learns from
-_CASE_BYTES: Final = 400_000_000
+_CASES: Final = 3_000  # newest rankings that the ranker learns from
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,25 @@ class Schedule:
     """What is older is replayed in part only."""
     every_case: int = 2
     """Of so many rankings one becomes a case for the ranker."""
+    swaps: float = np.inf
+    """After so many, the encoder stays as it is."""
+    fits: float = np.inf
+    """After so many, the ranker stays as it is."""
 
 
-@dataclass
-class Swap:
-    """A training that took place."""
+@dataclass(frozen=True)
+class Training:
+    """A candidate that was trained, and what the gate said of it."""
 
     t_ms: int
     windows: int
-    figures: dict[str, float] = field(default_factory=dict)
+    reasons: tuple[str, ...]
+    """Why it was rejected; none: it was swapped in."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it was swapped in."""
+        return not self.reasons
 
 
 @dataclass
@@ -77,57 +86,43 @@ class WholeProfile:
         settings: TrainSettings,
     ) -> None:
         """`label`: events told so far -> windows. A training leaves its files in `folder`."""
-        n_items = len(catalogue.item_ids)
         self._catalogue, self._base, self._types = catalogue, base, types
         self._label, self._folder = label, folder
         self._schedule, self._settings = schedule, settings
-        self._n_users = n_users
-        self._own = OwnFrequency(n_items)
-        self._near = ItemNeighbours(n_items)
-        self._items = Popular(n_items, _ITEM_HALF_LIFE_MS)
-        self._users = _Users(n_users, settings.events, catalogue.item_ids)
-        self._vectors = base.vectors(catalogue)
-        self._text = TextSteps(self._vectors, n_users, _STEP)
-        self._weights = ranker.first_weights()
-        self._cases: deque[Cases] = deque(
-            maxlen=min(_CASES, max(_CASE_BYTES // (n_items * 24), 100))
+        self._signals = ProfileSignals(
+            n_users, catalogue.item_ids, base.vectors(catalogue), settings.events
         )
-        self._rankings = 0
+        self._weights = ranker.first_weights()
+        self._cases: deque[Cases] = deque(maxlen=_CASES)
+        self._rankings = self._fits = 0
         self._told: list[Events] = []
-        self._candidate: Candidate | None = base.earlier
+        self._candidate: Candidate | None = None
         self._next_ms: float | None = None
-        self.swaps: list[Swap] = []
+        # What was read for rankings whose outcome is not known yet: (user, time) -> signals.
+        self._asked: dict[tuple[int, int], Read] = {}
+        self.trainings: list[Training] = []
         self.foretold = Foretold()
 
-    def scores(self, users: Ints, t_ms: Ints) -> Floats:
-        return ranker.score(self._weights, *self.signals(users, t_ms))
+    @property
+    def weights(self) -> Weights:
+        """The ranker's."""
+        return self._weights
 
-    def signals(self, users: Ints, t_ms: Ints) -> tuple[Floats, Floats, Floats]:
-        """What the ranker reads: signals (n, N, 4), log counts (n, N), shoppers (n, 3)."""
-        own = self._own.masses(users)
-        signals = np.stack(
-            [
-                self._next_interests(users) @ self._vectors.T,
-                self._text.scores(users, t_ms),
-                self._near.scores(users, t_ms),
-                own,
-            ],
-            axis=-1,
-        ).astype(np.float32)
-        log_events = np.log1p(self._items.counts(int(t_ms.max(initial=0)))).astype(np.float32)
-        had = (own > 0).sum(axis=1)
-        events = self._users.count[users]
-        shopper = np.stack(
-            [np.log1p(events), np.log1p(had), 1 - had / np.maximum(events, 1)], axis=-1
-        )
-        item = np.tile(log_events, (len(users), 1))
-        return signals, item, shopper.astype(np.float32)
+    def scores(self, users: Ints, t_ms: Ints) -> Floats:
+        signals, items, shopper = self._signals.read(users, t_ms)
+        for row, key in enumerate(zip(users.tolist(), t_ms.tolist(), strict=True)):
+            one = slice(row, row + 1)
+            self._asked[key] = signals[one], items[one], shopper[one]
+        return ranker.score(self._weights, signals, items, shopper)
+
+    def next_interest(self, users: Ints, t_ms: Ints) -> Floats:
+        """(n, N) the first signal by itself, of rankings that were asked for a moment ago."""
+        keys = zip(users.tolist(), t_ms.tolist(), strict=True)
+        return np.concatenate([self._asked[key][0][..., 0] for key in keys])
 
     def update(self, events: Events) -> None:
         self._remember_cases(events)
-        for part in (self._own, self._near, self._items, self._text):
-            part.update(events)
-        self._users.update(events)
+        self._signals.update(events)
         self._told.append(events)
         self._foretell(events)
         latest = float(events.t_ms.max(initial=0))
@@ -137,16 +132,6 @@ class WholeProfile:
             self._learn(int(latest))
             self._next_ms = latest + self._schedule.every_ms
 
-    def _next_interests(self, users: Ints) -> Floats:
-        out = np.zeros((len(users), self._vectors.shape[1]), dtype=np.float32)
-        known = np.flatnonzero(self._users.count[users] > 0)
-        if self._candidate is None or not len(known):
-            return out
-        item, types, t_ms, length = self._users.windows(users[known])
-        inputs = self._vectors[np.maximum(item, 0)] * (item != NO_ITEM)[..., None]
-        out[known] = self._candidate.window.encode(inputs, types, t_ms, length)
-        return out
-
     def _foretell(self, events: Events) -> None:
         """What the heads say after some of these events, on which nobody will look back."""
         at = self.foretold.told + np.arange(len(events))
@@ -155,12 +140,9 @@ class WholeProfile:
         if self._candidate is None or not len(asked):
             return
         users = np.unique(events.user[asked])
-        item, types, t_ms, length = self._users.windows(users)
-        inputs = self._vectors[np.maximum(item, 0)] * (item != NO_ITEM)[..., None]
-        hidden = self._candidate.window.hidden(inputs, types, t_ms, length)
         last = {user: place for place, user in zip(at.tolist(), events.user.tolist(), strict=True)}
         self.foretold.event.append(np.array([last[user] for user in users.tolist()]))
-        for name, chance in self._candidate.heads.predict(hidden).items():
+        for name, chance in self._signals.chances(users).items():
             self.foretold.chance.setdefault(name, []).append(chance)
 
     # --- learning
@@ -171,69 +153,80 @@ class WholeProfile:
             self._rankings += 1
             if self._rankings % self._schedule.every_case:
                 continue
-            signals, item, shopper = self.signals(np.array([user]), np.array([t_ms]))
-            target = np.zeros(item.shape, dtype=np.float32)
+            asked = self._asked.get((user, t_ms))
+            read = asked or self._signals.read(np.array([user]), np.array([t_ms]))
+            target = np.zeros(read[0].shape[:2], dtype=np.float32)
             target[0, basket] = 1
-            self._cases.append(Cases(signals, item, shopper, target, np.zeros_like(target)))
+            whole = Cases(*read, target, np.zeros_like(target))
+            self._cases.append(ranker.thinned(whole, seed=self._rankings))
+        self._asked.clear()
 
     def _learn(self, now_ms: int) -> None:
+        if sum(training.accepted for training in self.trainings) < self._schedule.swaps:
+            self._train(now_ms)
+        if self._cases and self._fits < self._schedule.fits:
+            self._weights = ranker.fit(ranker.joined(self._cases), self._weights)
+            self._fits += 1
+
+    def _train(self, now_ms: int) -> None:
         events = _concatenated(self._told)
         self._told = [events]
         newest = events.t_ms >= now_ms - self._schedule.newest_ms
         first = self._candidate is None
-        epochs = self._schedule.first_epochs if first else self._schedule.epochs
         windows = self._label(events.take(newest))
+        number = len(self.trainings)
         candidate = trainer.train(
             windows,
             self._catalogue,
             replace(self._base, earlier=self._candidate),
             self._types,
-            self._folder / f"{len(self.swaps):03}",
-            replace(self._settings, epochs=epochs, seed=self._settings.seed + len(self.swaps)),
+            self._folder / f"{number:03}",
+            replace(
+                self._settings,
+                epochs=self._schedule.first_epochs if first else self._schedule.epochs,
+                seed=self._settings.seed + number,
+            ),
             replay=self._label(events.take(~newest)) if not newest.all() else None,
         )
+        decision = self._decide(self._label(events), candidate)
+        self.trainings.append(Training(now_ms, len(windows), tuple(decision.reasons)))
+        if not decision.accepted:
+            return
         if first:  # without a next interest, cases say that it is worth nothing
             self._cases.clear()
-        elif self._cases:
-            self._weights = ranker.fit(_stacked(self._cases), self._weights)
-        self._candidate, self._vectors = candidate, candidate.vectors
+        self._candidate = candidate
         self._base = replace(self._base, projection=candidate.projection)
-        self._text = TextSteps(self._vectors, self._n_users, _STEP)
-        self._text.update(events)
-        figures = {name: float(v) for name, v in candidate.metrics["newest"].items()}
-        self.swaps.append(Swap(now_ms, len(windows), figures))
+        self._signals.swap(candidate, events)
+
+    def _decide(self, windows: Labelled, candidate: Candidate) -> gate.Decision:
+        earlier = self._candidate
+        live = Contender.of(earlier) if earlier else Contender(self._signals.vectors)
+        transition = fit_transition("", "", self._signals.vectors, candidate.vectors)
+        comparison = compare(
+            windows,
+            live,
+            Contender.of(candidate),
+            cut_ms=candidate.metrics["cut_ms"],
+            item_events=candidate.counts,
+            events=self._settings.events,
+            half_lives_s=[each / 1000.0 for each in HALF_LIVES_MS],
+            seed=self._settings.seed,
+            transition_cosine=transition.error.cosine,
+        )
+        return gate.decide(comparison)
 
 
-class _Users:
-    """The last events of n users, newest last, as rings of `length`; those of one instant stand as
-    in the windows that training reads, by the hash of their item."""
+@dataclass(frozen=True)
+class NextInterest:
+    """What the encoder of a whole profile is worth by itself; a `Scorer` to be asked after it."""
 
-    def __init__(self, n_users: int, length: int, item_ids: list[str]) -> None:
-        hashes = [hashlib.sha256(item_id.encode()).digest()[:8] for item_id in item_ids]
-        self._order = np.frombuffer(b"".join([*hashes, bytes(8)]), "<u8")  # NO_ITEM is the last
-        self.count = np.zeros(n_users, dtype=np.int64)
-        self._item = np.full((n_users, length), NO_ITEM, dtype=np.int32)
-        self._type = np.zeros((n_users, length), dtype=np.uint8)
-        self._t_ms = np.zeros((n_users, length), dtype=np.int64)
+    of: WholeProfile
+
+    def scores(self, users: Ints, t_ms: Ints) -> Floats:
+        return self.of.next_interest(users, t_ms)
 
     def update(self, events: Events) -> None:
-        length = self._item.shape[1]
-        order = np.lexsort((events.type, events.weight, self._order[events.item], events.t_ms))
-        for i, user in zip(order.tolist(), events.user[order].tolist(), strict=True):
-            at = self.count[user] % length
-            self._item[user, at] = events.item[i]
-            self._type[user, at] = events.type[i]
-            self._t_ms[user, at] = events.t_ms[i]
-            self.count[user] += 1
-
-    def windows(self, users: Ints) -> tuple[Int32s, NDArray[np.uint8], Ints, Ints]:
-        """Items, types and times (n, L), oldest first, and lengths (n,)."""
-        size = self._item.shape[1]
-        length = np.minimum(self.count[users], size)
-        first = np.where(self.count[users] > size, self.count[users] % size, 0)
-        at = (first[:, None] + np.arange(int(length.max()))) % size
-        rows = users[:, None]
-        return self._item[rows, at], self._type[rows, at], self._t_ms[rows, at], length
+        """Nothing: the profile is told by itself."""
 
 
 def _concatenated(parts: list[Events]) -> Events:
@@ -241,14 +234,5 @@ def _concatenated(parts: list[Events]) -> Events:
         *(
             np.concatenate([getattr(part, name) for part in parts])
             for name in ("user", "item", "type", "t_ms", "weight")
-        )
-    )
-
-
-def _stacked(cases: deque[Cases]) -> Cases:
-    return Cases(
-        *(
-            np.concatenate([getattr(case, name) for case in cases])
-            for name in ("signals", "item_log_events", "shopper", "target", "log_chance")
         )
     )

@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
 HELD_BACK: Final = -1
-"""A label that is not known yet: its horizon has not passed, or there is no next item so far."""
+"""A label that is not known yet: its horizon has not passed."""
 NO_ITEM: Final = -1
 
 
@@ -39,8 +39,6 @@ class Labelled:
     type: Types  # (m,) index into the event types
     t_ms: Ints  # (m,) event time
     weight: Floats  # (m,) signed event weight
-    next_item: Int32s  # (m,) row of the user's next positive item event, -1 = none yet: held back
-    next_type: Int8s  # (m,) its type, -1 = none
     purchase: Int8s  # (m,) 1/0: a purchase within the horizon after t_ms; -1: held back
     returns: Int8s  # (m,) 1/0: any event within the horizon (0 = churn); -1: held back
     rating: Floats | None = None  # (m,) the rating that the event gives, NaN = none
@@ -52,7 +50,7 @@ class Labelled:
             raise ValueError("start must hold 0 and then the end of each user's events")
         m = int(self.start[-1])
         for name in (
-            "item", "type", "t_ms", "weight", "next_item", "next_type", "purchase", "returns",
+            "item", "type", "t_ms", "weight", "purchase", "returns",
             "rating", "label",
         ):  # fmt: skip
             column = getattr(self, name)
@@ -61,15 +59,6 @@ class Labelled:
 
     def __len__(self) -> int:
         return int(self.start[-1])
-
-    def owner(self) -> Int32s:
-        """(m,) the row in `user` of each event."""
-        return np.repeat(np.arange(len(self.user), dtype=np.int32), np.diff(self.start))
-
-    def window_start(self, events: int) -> Ints:
-        """(m,) index of the first event of each window of at most `events` events."""
-        first = np.repeat(self.start[:-1], np.diff(self.start))
-        return np.maximum(first, np.arange(len(self), dtype=np.int64) - (events - 1))
 
     def take_users(self, rows: Ints) -> Labelled:
         """The given users, in the given order, with all their events and unchanged labels."""
@@ -96,8 +85,6 @@ class Labelled:
             type=self.type[at],
             t_ms=self.t_ms[at],
             weight=self.weight[at],
-            next_item=self.next_item[at],
-            next_type=self.next_type[at],
             purchase=self.purchase[at],
             returns=self.returns[at],
             rating=None if self.rating is None else self.rating[at],

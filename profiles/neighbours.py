@@ -54,6 +54,7 @@ LANES: Final = 2  # of an origin; part of what a watermark means, so it cannot c
 _ITEM_SHARE: Final = 0.5  # exponents of K
 _NEAR_SHARE: Final = 0.3
 
+RECENT: Final = 10  # half-lives of an item's recent count in one of all its weights
 _HEADER: Final = schema.TALLY_HEADER.itemsize
 _NEAR: Final = schema.NEAR_ENTRY.itemsize
 _WINDOW: Final = schema.WINDOW_ENTRY.itemsize
@@ -428,9 +429,13 @@ def _add(
     header["updated_ms"] = latest
     header["count"] *= gone
     header["other"] *= gone
-    share = entries["weight"] * np.exp2((entries["t_ms"] - latest[rows]) / half_life_ms)
+    header["recent"] *= gone**RECENT
+    age = np.exp2((entries["t_ms"] - latest[rows]) / half_life_ms)  # (p,) 1 = the latest
+    share = entries["weight"] * age
     own = entries["neighbour"] == 0
     header["count"] += np.bincount(rows[own], share[own], len(header)).astype(np.float32)
+    recent = entries["weight"][own] * age[own] ** RECENT
+    header["recent"] += np.bincount(rows[own], recent, len(header)).astype(np.float32)
     raw = [tallies.near[row] for row in touched.tolist()]
     held: NDArray[Any] = np.frombuffer(b"".join(raw), schema.NEAR_ENTRY)
     of_held = np.repeat(touched, [len(r) // _NEAR for r in raw])
@@ -474,10 +479,15 @@ class Neighbours:
     count: float  # decayed events with the item
     near: Mapping[int, float]  # item key -> decayed pair weight
     other: float = 0.0  # of the neighbours beyond the bound
+    recent: float = 0.0  # as `count`, with 1 / RECENT of the half-life
 
     def share(self, t_ms: int) -> float:
         """What is left of a weight at a time."""
         return float(2.0 ** (min(0, self.updated_ms - t_ms) / (1000.0 * self.half_life_s)))
+
+    def recent_at(self, t_ms: int) -> float:
+        """What is left of `recent` at a time."""
+        return self.recent * self.share(t_ms) ** RECENT
 
 
 NOTHING: Final = Neighbours(0, 1.0, 0.0, {})
@@ -501,6 +511,7 @@ def decode(tally: bytes | None, near: bytes | None = None) -> Neighbours:
         float(header["count"]),
         dict(zip(entries["item"].tolist(), entries["weight"].tolist(), strict=True)),
         float(header["other"]),
+        float(header["recent"]),
     )
 
 

@@ -7,6 +7,7 @@ was best by hand on three data sets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -21,16 +22,20 @@ Weights = Mapping[str, Floats]
 SIGNALS: Final = ("next_interest", "text", "covisitation", "own")
 _COUNTS: Final = 2  # the signals from here on are counts, those before cosines
 _COSINE_SCALE: Final = 10.0
-_USUAL_LOG: Final = 3.0
+_USUAL: Final = (3.0, 1.0, 0.0)
 # The first axis of 2: items that are new to the shopper, and items that they had before.
 SHAPES: Final[Mapping[str, tuple[int, ...]]] = {
     "gate": (2, 4),
     "gate_shopper": (2, 4, 3),
     "gate_item": (2, 4),
     "knee": (2, 2),
-    "item": (2,),
+    "item": (2, 3),
     "had": (1,),
     "had_shopper": (3,),
+    "mix": (2, 16, 7),
+    "mix_shopper": (2, 16, 3),
+    "mix_bias": (2, 16),
+    "mix_out": (2, 16),
 }
 BY_HAND: Final[Weights] = {
     **{name: np.zeros(shape, dtype=np.float32) for name, shape in SHAPES.items()},
@@ -38,17 +43,18 @@ BY_HAND: Final[Weights] = {
     "knee": np.full((2, 2), np.log(1 / 0.02), dtype=np.float32),
 }
 
-DEPTH: Final = 20  # latest items whose neighbours are looked at
-STEP_DECAY: Final = 0.8  # of an item's neighbours, per item after it
+_DAY_MS: Final = 86_400_000.0
+DEPTH: Final = 50  # latest items whose neighbours are looked at
+STEP_DECAY: Final = 0.8  # of an item's neighbours, per instant after it
 BASKET_DECAY: Final = 0.9  # of an own item, per instant after it
 
 
-def score(weights: Weights, signals: Floats, item_log_events: Floats, shopper: Floats) -> Floats:
-    """Scores (..., C) of C items from signals (..., C, 4), counts (..., C), shopper (..., 3).
+def score(weights: Weights, signals: Floats, items: Floats, shopper: Floats) -> Floats:
+    """Scores (..., C) of C items from signals (..., C, 4), items (..., C, 3), shopper (..., 3).
 
     Any leading axes. Counts of nothing are 0, cosines of nothing are 0.
     """
-    known = item_log_events - _USUAL_LOG  # (..., C)
+    known = items - np.asarray(_USUAL, dtype=np.float32)  # (..., C, 3)
     had = signals[..., -1] > 0
     new, again = (_score_of(weights, kind, signals, known, shopper) for kind in (0, 1))
     again += weights["had"][0] + (shopper @ weights["had_shopper"])[..., None]
@@ -60,10 +66,14 @@ def _score_of(
 ) -> Floats:
     """As if all C items were of one kind."""
     gate = (shopper @ weights["gate_shopper"][kind].T + weights["gate"][kind])[..., None, :]
-    gate = np.logaddexp(0.0, gate + known[..., None] * weights["gate_item"][kind])  # (..., C, 4)
+    gate = np.logaddexp(0.0, gate + known[..., :1] * weights["gate_item"][kind])  # (..., C, 4)
     shaped = signals * np.float32(_COSINE_SCALE)
     shaped[..., _COUNTS:] = np.log1p(signals[..., _COUNTS:] * np.exp(weights["knee"][kind]))
-    total: Floats = np.einsum("...k,...k->...", gate, shaped) + weights["item"][kind] * known
+    read = np.concatenate([shaped, known], axis=-1)  # (..., C, 7)
+    about = shopper @ weights["mix_shopper"][kind].T + weights["mix_bias"][kind]
+    units = np.maximum(read @ weights["mix"][kind].T + about[..., None, :], 0.0)  # (..., C, 16)
+    total: Floats = np.einsum("...k,...k->...", gate, shaped) + known @ weights["item"][kind]
+    total += units @ weights["mix_out"][kind]
     return total
 
 
@@ -101,6 +111,20 @@ def own_frequency(window: NDArray[Any]) -> dict[int, float]:
     return own
 
 
+def item_features(count: float, recent: float, own_days: float) -> tuple[float, float, float]:
+    """What the ranker knows of an item, from decayed counts and the days since the shopper last
+    had it; 0 for none."""
+    return math.log1p(count), math.log1p(recent), math.log1p(max(own_days, 0.0))
+
+
+def own_days(window: NDArray[Any], now_ms: int) -> dict[int, float]:
+    """Item key -> days since a shopper's latest event with it."""
+    entries = liked(window)
+    ages = (now_ms - entries["t_ms"]) / _DAY_MS
+    # The window's order is of time, and the last of equal keys stays.
+    return dict(zip(entries["item"].tolist(), ages.tolist(), strict=True))
+
+
 def shopper_features(window: NDArray[Any], events: int) -> Floats:
     """(3,) log(1 + events), log(1 + items had), share of repeats among the window's events."""
     items = liked(window)["item"]
@@ -111,11 +135,14 @@ def shopper_features(window: NDArray[Any], events: int) -> Floats:
 
 def nearby(window: NDArray[Any], of: Mapping[int, Neighbours]) -> dict[int, float]:
     """Item key -> decayed pair weights with a shopper's latest items, each by the root of its own
-    count; what is missing to `covisitation` is the other item's count."""
-    latest = liked(window)["item"][-DEPTH:].tolist()
+    count; what is missing to `covisitation` is the other item's count. Items of one instant are
+    equally old, and count once in it."""
+    latest = liked(window)[-DEPTH:]
+    times, instant = np.unique(latest["t_ms"], return_inverse=True)
+    ages = (len(times) - 1 - instant).tolist()
     now_ms = max((n.updated_ms for n in of.values()), default=0)
     sums: dict[int, float] = {}
-    for age, item in enumerate(reversed(latest)):
+    for item, age in dict.fromkeys(zip(latest["item"].tolist(), ages, strict=True)):
         known = of.get(item)
         if known is None:
             continue

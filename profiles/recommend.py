@@ -128,13 +128,17 @@ def _ranked(
         return []
     now_ms = max(count.updated_ms for count in counts.values())
     events = np.array([counts[item].count * counts[item].share(now_ms) for item in known])
+    days = ranking.own_days(profile.window, now_ms)
     signals = np.zeros((len(known), len(ranking.SIGNALS)), dtype=np.float32)
+    features = np.zeros((len(known), 3), dtype=np.float32)
     for row, item in enumerate(known):
+        recent = counts[item].recent_at(now_ms)
+        features[row] = ranking.item_features(events[row], recent, days.get(item, 0.0))
         signals[row, :2] = cosines.get(item, 0.0)
         signals[row, 2] = ranking.covisitation(near.get(item, 0.0), float(events[row]))
         signals[row, 3] = own.get(item, 0.0)
     shopper = ranking.shopper_features(profile.window, profile.events)
-    scores = ranking.score(weights, signals, np.log1p(events).astype(np.float32), shopper)
+    scores = ranking.score(weights, signals, features, shopper)
     names = list(known.values())
     order = sorted(range(len(names)), key=lambda i: (-scores[i], names[i].item_id))
     return [

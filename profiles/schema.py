@@ -88,7 +88,7 @@ TALLY_HEADER: Final = np.dtype(
         ("half_life_s", "<f4"),  # of all weights
         ("count", "<f4"),  # events with the item, decayed
         ("other", "<f4"),  # weight of the neighbours that left the tally
-        ("spare", "<f4"),  # 0
+        ("recent", "<f4"),  # events with the item, decayed with a tenth of that half-life
     ]
 )
 

@@ -41,6 +41,8 @@ from profiles.schema import TYPE_CODE, key_bytes
 from . import events as ev
 from .errors import UserError
 from .labelling import Archived
+from .lease import LEASE_S, Lease
+from .times import DAY_MS, HOUR_MS
 
 SCHEMA: Final = pa.schema(
     [
@@ -60,8 +62,6 @@ SCHEMA: Final = pa.schema(
     metadata={"penchant.archive": "1"},
 )
 
-HOUR_MS: Final = 3_600_000
-_DAY_MS: Final = 24 * HOUR_MS
 _ALL_DAY: Final = -1
 # A replay of years in minutes would leave thousands of files per flush, one for each hour.
 _MOST_HOURS: Final = 48
@@ -102,12 +102,12 @@ class Segment:
     @property
     def start_ms(self) -> int:
         """First event time that may be in it."""
-        return self.day * _DAY_MS + max(self.hour, 0) * HOUR_MS
+        return self.day * DAY_MS + max(self.hour, 0) * HOUR_MS
 
     @property
     def end_ms(self) -> int:
         """First event time that is too late for it."""
-        return self.start_ms + (_DAY_MS if self.hour == _ALL_DAY else HOUR_MS)
+        return self.start_ms + (DAY_MS if self.hour == _ALL_DAY else HOUR_MS)
 
 
 def parse_name(name: str) -> Segment | None:
@@ -210,11 +210,13 @@ class Folder:
 
 
 class ObjectStore:
-    """Any fsspec file system. An object appears when its upload is complete. There is no lock:
-    that only one trainer writes to it is up to who starts them."""
+    """Any fsspec file system. An object appears when its upload is complete."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, lease_s: float = LEASE_S) -> None:
         import fsspec
+
+        self._lease: Lease | None = None
+        self._lease_s = lease_s
 
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url)
@@ -237,16 +239,25 @@ class ObjectStore:
         return self._fs.open(f"{self._root}/{name}", "rb")
 
     def write(self, files: Mapping[str, Any]) -> None:
+        self._check()
         with ThreadPoolExecutor(_WRITERS, "archive-write") as pool:
             paths = [f"{self._root}/{name}" for name in files]
             list(pool.map(self._fs.pipe_file, paths, map(bytes, files.values())))
 
     def remove(self, name: str) -> None:
+        self._check()
         with suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{name}")
 
     def lock(self) -> Callable[[], None]:
-        return lambda: None
+        lease = Lease(self._fs, f"{self._root}/.lock", self._lease_s)
+        give_up = lease.take()
+        self._lease = lease
+        return give_up
+
+    def _check(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
 
 def _sync(folder: Path) -> None:
@@ -600,7 +611,7 @@ class Archive:
         for segment in sizes:
             by_hour[segment.hour].append(segment)
         whole = self._all(by_hour.pop(_ALL_DAY, []))
-        at = pc.divide(pc.subtract(whole["t_ms"], day * _DAY_MS), HOUR_MS)
+        at = pc.divide(pc.subtract(whole["t_ms"], day * DAY_MS), HOUR_MS)
         for hour in sorted(by_hour.keys() | set(pc.unique(at).to_pylist())):
             if hour >= first_hour:
                 parts = [whole.filter(pc.equal(at, hour)), self._all(by_hour.get(hour, []))]

@@ -231,7 +231,7 @@ class Catalogue:
 
     def _upsert(self, records: Sequence[ItemRecord], origin: Origin) -> list[int]:
         records = self._with_last_text(records)
-        versions = [text_version(_text(record)) for record in records]
+        versions = [text_version(text_of(record)) for record in records]
         self._store.put(records, versions, [origin] * len(records))
         # Read back, because what is stored may be of a later offset: a replay, or a worker
         # that was stalled, must not bring an old text back.
@@ -266,7 +266,7 @@ class Catalogue:
                 records = self._store.records(chunk)
                 new = {k: inline[k] for k in chunk if k not in records and k in inline}
                 if new:
-                    versions = [text_version(_text(record)) for record in new.values()]
+                    versions = [text_version(text_of(record)) for record in new.values()]
                     self._store.put(list(new.values()), versions, [None] * len(new))
                     # Another worker's may have been there first.
                     records |= self._store.records(list(new))
@@ -277,7 +277,7 @@ class Catalogue:
     def _learn(self, records: Mapping[int, tuple[ItemRecord, str]]) -> dict[int, Floats]:
         """Put items into the table, with vectors from Redis or, where it has none of this text
         and space, shipped or newly encoded; the vectors of those that have a text."""
-        texts = {k: text for k, (r, _) in records.items() if (text := _text(r))}
+        texts = {k: text for k, (r, _) in records.items() if (text := text_of(r))}
         ids = {k: records[k][0].item_id for k in texts}
         known = self._store.vectors(self._engine.space, {ids[k]: records[k][1] for k in texts})
         vectors = {k: known[ids[k]] for k in texts if ids[k] in known}
@@ -340,6 +340,6 @@ def _category(record: ItemRecord) -> int:
     return key64(record.category_name) if record.category_name else 0
 
 
-def _text(record: ItemRecord) -> str:
+def text_of(record: ItemRecord) -> str:
     """What the encoder reads for an item; "" if nothing is known of it."""
     return item_text(record.title, record.category, record.brand, record.description)

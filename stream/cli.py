@@ -280,6 +280,8 @@ def learn() -> None:
     items = ItemStore(settings.redis.connection().open(), Keys(settings.namespace))
     with progress("learning") as report:
         outcome = turn(settings, items, datetime.now(UTC), lambda _, done, of: report(done, of))
+    if outcome is None:
+        return
     newest = outcome.decision.figures["comparison"]["newest"]
     console.print(
         f"{outcome.windows:,} windows; {newest['name']} on the newest {newest['count']:,} targets: "

@@ -26,6 +26,7 @@ from . import tables
 from .errors import UserError
 from .events import EVENT_ADAPTER, Event, Item
 from .tables import LeftOut, Skip
+from .times import DAY_MS
 
 NAMES: Final = ("movielens", "online-retail", "rees46", "amazon", "csv", "parquet")
 
@@ -98,7 +99,6 @@ TYPE_ALIASES: Final[Mapping[str, str]] = {
 
 _FIELDS: Final = tuple(dict.fromkeys((*EVENT_COLUMNS, *ITEM_COLUMNS)))
 _CHUNK_ROWS: Final = 4096
-_DAY_MS: Final = 86_400_000
 _MADE_UP_START_MS: Final = 946_684_800_000  # 2000-01-01T00:00:00Z
 
 _ITEM_ADAPTER: Final[TypeAdapter[Item]] = TypeAdapter(Item)
@@ -442,10 +442,10 @@ def _amazon(path: Path) -> Dataset:
     if "t_rel_s" in raw.column_names:
         rel_ms = pc.add(pc.multiply(raw["t_rel_s"], 1000), pc.multiply(position, 60_000))
     else:
-        rel_ms = pc.multiply(position, _DAY_MS)
+        rel_ms = pc.multiply(position, DAY_MS)
     distinct = pc.unique(users)
     rank = pc.cast(pc.index_in(users, distinct), pa.int64())
-    start_ms = pc.divide(pc.multiply(rank, 365 * _DAY_MS), len(distinct))
+    start_ms = pc.divide(pc.multiply(rank, 365 * DAY_MS), len(distinct))
     name = path.stem.removesuffix("_events")
     events = pa.table(
         {

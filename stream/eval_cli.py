@@ -11,7 +11,7 @@ import typer
 
 from .errors import UserError
 from .settings import Settings
-from .terminal import console, progress
+from .terminal import console, progresses
 
 
 def evaluate(
@@ -21,7 +21,7 @@ def evaluate(
     ] = None,
     text: Annotated[bool, typer.Option(help="With the baselines that need the encoder.")] = True,
     learn: Annotated[
-        bool, typer.Option("--learn", help="With the whole profile, retrained every four weeks.")
+        bool, typer.Option("--learn", help="With the whole profile, as it learns.")
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw Recall@20 over event time into this PNG.")
@@ -29,43 +29,25 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """How well shoppers' next items are foreseen on a recorded set, with intervals."""
-    from . import evaluation
-    from .datasets import load
-    from .evaluation_data import encoded, recorded
+    from .evaluation import evaluate as evaluated
+    from .evaluation_data import encoded, loaded
     from .evaluation_view import as_json as for_programs
     from .evaluation_view import plain, render
 
-    settings = Settings()
-    has_order_only = dataset == "amazon"  # its times are made up
-    if has_order_only and (learn or plot):
-        raise UserError(
-            "--learn and --plot need a set with real times, and amazon has only an order"
-        )
     if learn and not text:
         raise UserError("--learn needs the encoder: leave --no-text out")
-    name = path[0].stem.removesuffix("_events") if path and has_order_only else dataset
-    data = recorded(load(dataset, path), name)
-    makers = (evaluation.counters_of_order if has_order_only else evaluation.counters)(data)
-    if text:
-        with progress("encoding the catalogue") as report:
-            texts = encoded(data.texts, settings.model, settings.stream.data_dir, report)
-        vectors = texts.vectors
-        if has_order_only:
-            makers |= evaluation.steps_of_text(data, vectors)
-            with progress("choosing weights") as report:
-                makers |= dict([evaluation.with_text(data, vectors, report)])
-        else:
-            makers |= evaluation.untrained_text(data, vectors)
+    settings = Settings()
+    data = loaded(dataset, path)
+    if plot is not None and data.only_order:
+        raise UserError(f"--plot needs a set with real times, and {dataset} has only an order")
     folder = settings.stream.data_dir / "evaluation" / "learned"
     shutil.rmtree(folder, ignore_errors=True)
-    whole = evaluation.whole_profile(data, texts, folder) if learn else None
-    if whole is not None:
-        makers["whole profile, learning"] = lambda: whole
-    with progress("ranking") as report:
-        run = evaluation.by_last_item if has_order_only else evaluation.in_event_time
-        found = run(data, makers, progress=report)
-    if whole is not None:
-        found = evaluation.with_learning(data, found, whole)
+    with progresses() as report:
+        texts = None
+        if text:
+            told = report("encoding the catalogue")
+            texts = encoded(data.texts, settings.model, settings.stream.data_dir, told)
+        found = evaluated(data, texts, {}, folder if learn else None, progress=report)
     if plot is not None:
         from .evaluation_plot import draw
 

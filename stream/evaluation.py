@@ -31,12 +31,14 @@ from model.evaluate import (
     metric,
 )
 from model.leave_one_out import LeftOut, rank_targets, split
-from model.prequential import Ranked, Scorer, prequential
+from model.prequential import NO_ITEM, Ranked, Scorer, prequential
 
 from .errors import UserError
 from .evaluation_data import Encoded, Recorded, windows_of
+from .times import DAY_MS
 
 if TYPE_CHECKING:
+    from model.fitted_once import FittedOnce
     from model.whole_profile import WholeProfile
 
 Progress = Callable[[int, int], None]
@@ -47,10 +49,16 @@ START: Final = 0.4
 MIDDLE: Final = 0.65
 """Where the ranked part is cut in two: what holds in spring should hold before Christmas."""
 
-_DAY_MS: Final = 86_400_000
+LEARNING: Final = "whole profile, learning"
+ENCODER_FROZEN: Final = "whole profile, encoder frozen"
+FROZEN: Final = "whole profile, frozen"
+ONCE: Final = "whole profile, fitted once"
+
 _LIFT_OF: Final = "recall@20"
+_MOST_RANKINGS: Final = 15_000
+_CASES_OF_A_SET: Final = 10_000  # rankings of a whole set that a ranker may learn from
 _PARTS_OF_TIME: Final = 24
-_NEW_ITEM_MS: Final = 30 * _DAY_MS
+_NEW_ITEM_MS: Final = 30 * DAY_MS
 _TEXT_WEIGHTS: Final = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 _CHOSEN_ON_USERS: Final = 5000
 
@@ -104,6 +112,8 @@ class Timeline:
     recall: dict[str, tuple[float, ...]]  # scorer -> NaN where a part has no target
     swaps_ms: tuple[int, ...] = ()
     """When the whole profile went over to new weights."""
+    rejections_ms: tuple[int, ...] = ()
+    """When the gate kept new weights out."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,47 @@ class Report:
     heads: tuple[Head, ...] = ()
 
 
+def evaluate(
+    data: Recorded,
+    texts: Encoded | None,
+    more: Mapping[str, Make],
+    learned: Path | None,
+    *,
+    progress: Callable[[str], Progress] = lambda what: lambda done, total: None,
+) -> Report:
+    """All baselines, those that know text where there are `texts`, and `more` scorers.
+
+    With `learned`, an empty folder for weights, the whole profile as well, and beside it two
+    twins: of one the encoder stays as the first training left it, of the other the ranker, too.
+    `progress`: what is done -> its reporter.
+    """
+    if data.only_order:
+        makers = counters_of_order(data)
+        if texts is not None:
+            makers |= steps_of_text(data, texts.vectors)
+            makers |= dict([with_text(data, texts.vectors, progress("choosing weights"))])
+            if learned is not None:
+                makers[ONCE] = lambda: fitted_once(data, texts, learned)
+        return by_last_item(data, makers | dict(more), progress=progress("ranking"))
+    makers = counters(data)
+    if texts is not None:
+        makers |= untrained_text(data, texts.vectors)
+    makers |= more
+    if texts is None or learned is None:
+        return in_event_time(data, makers, progress=progress("ranking"))
+    from model.whole_profile import NextInterest
+
+    whole = whole_profile(data, texts, learned / "learning")
+    half = whole_profile(data, texts, learned / "half", swaps=1)
+    frozen = whole_profile(data, texts, learned / "frozen", swaps=1, fits=1)
+    makers |= {FROZEN: lambda: frozen, ENCODER_FROZEN: lambda: half, LEARNING: lambda: whole}
+    makers |= {
+        "its next interest alone, frozen": lambda: NextInterest(half),
+        "its next interest alone, learning": lambda: NextInterest(whole),
+    }
+    return with_learning(data, in_event_time(data, makers, progress=progress("ranking")), whole)
+
+
 def counters(data: Recorded) -> dict[str, Make]:
     """Baselines that know no text, for sets with real times.
 
@@ -144,6 +195,7 @@ def counters(data: Recorded) -> dict[str, Make]:
         "popular": lambda: baselines.Popular(n),
         "last item": lambda: baselines.ItemNeighbours(n, depth=1),
         "item-kNN": lambda: baselines.ItemNeighbours(n),
+        "co-visitation of a profile": lambda: baselines.FadingNeighbours(n),
         "last basket": lambda: baselines.LastBasket(n),
         "own frequency": lambda: baselines.OwnFrequency(n),
         "own + last basket": lambda: baselines.Blend(
@@ -161,9 +213,16 @@ def untrained_text(data: Recorded, vectors: Floats) -> dict[str, Make]:
     }
 
 
-def whole_profile(data: Recorded, texts: Encoded, folder: Path) -> WholeProfile:
-    """The whole profile, retrained every four weeks of event time; it leaves its weights in
-    `folder`. For sets with real times."""
+def whole_profile(
+    data: Recorded,
+    texts: Encoded,
+    folder: Path,
+    swaps: float = np.inf,
+    fits: float = np.inf,
+) -> WholeProfile:
+    """The whole profile, trained every four weeks of event time until its encoder was swapped
+    `swaps` times and its ranker fitted `fits` times; it leaves its weights in `folder`. For sets
+    with real times."""
     from model.trainer import Base, Catalogue, TrainSettings
     from model.whole_profile import Schedule, WholeProfile
 
@@ -174,8 +233,29 @@ def whole_profile(data: Recorded, texts: Encoded, folder: Path) -> WholeProfile:
         len(data.user_ids),
         lambda events: windows_of(data, events),
         folder,
-        Schedule(),
+        Schedule(
+            swaps=swaps,
+            fits=fits,
+            every_case=max(2, int(_baskets(data)[1].max(initial=0)) // _CASES_OF_A_SET),
+        ),
         TrainSettings(),
+    )
+
+
+def fitted_once(data: Recorded, texts: Encoded, folder: Path) -> FittedOnce:
+    """The whole profile for sets of which only the order is real."""
+    from model.fitted_once import FittedOnce
+    from model.trainer import Base, Catalogue, TrainSettings
+
+    return FittedOnce(
+        Catalogue(data.item_ids, texts.features),
+        Base(texts.projection),
+        data.type_names,
+        len(data.user_ids),
+        lambda events: windows_of(data, events),
+        folder,
+        # Everything is for training: nobody may look at the items that are left out.
+        TrainSettings(epochs=14, newest_share=0.0),
     )
 
 
@@ -221,16 +301,20 @@ def in_event_time(
     block: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> Report:
-    """Rank before every basket from `START` of the events on, then learn it.
+    """Rank before every basket from `START` of the events on, then learn it; of many baskets
+    before `_MOST_RANKINGS` that are drawn.
 
     Raises UserError where nothing can be ranked.
     """
+    start = int(START * len(data.events))
+    target, drawn = _drawn(data, start)
     ranked = prequential(
         data.events,
         len(data.user_ids),
         len(data.item_ids),
         {name: make() for name, make in makers.items()},
-        start=int(START * len(data.events)),
+        start=start,
+        is_target=target,
         block=block,
         progress=progress,
     )
@@ -241,16 +325,39 @@ def in_event_time(
         )
     protocol = (
         f"In event time: the first {START:.0%} of the events are learned from; from then on, all "
-        f"{len(data.item_ids):,} items are ranked before every basket and looked up for each of "
+        f"{len(data.item_ids):,} items are ranked before {drawn} and looked up for each of "
         "its items, and then it is learned. Intervals: 95 %, bootstrap over users."
     )
     return replace(_report(data, ranked, protocol), timeline=_timeline(ranked))
 
 
+def _baskets(data: Recorded) -> tuple[Bools, NDArray[np.int64]]:
+    """Events (m,) that could be looked up, and the number of each one's basket (p,)."""
+    events = data.events
+    wanted = (events.item != NO_ITEM) & (events.weight > 0)
+    both = np.stack([events.user[wanted], events.t_ms[wanted]], axis=1)
+    return wanted, np.unique(both, axis=0, return_inverse=True)[1].ravel()
+
+
+def _drawn(data: Recorded, start: int) -> tuple[Bools, str]:
+    """Events (m,) that are looked up, and of which baskets they are in words."""
+    wanted, basket = _baskets(data)
+    wanted[:start] &= False
+    late = basket[len(basket) - int(wanted.sum()) :]
+    found = np.unique(late)
+    if len(found) <= _MOST_RANKINGS:
+        return wanted, "every basket"
+    few = np.random.default_rng(0).permutation(found)[:_MOST_RANKINGS]
+    wanted[wanted] = np.isin(late, few)
+    return wanted, f"{_MOST_RANKINGS:,} of {len(found):,} baskets"
+
+
 def with_learning(data: Recorded, report: Report, whole: WholeProfile) -> Report:
-    """The report of a run in which `whole` took part, with its swaps and its heads."""
+    """The report of a run in which `whole` took part, with its trainings and its heads."""
     timeline = report.timeline and replace(
-        report.timeline, swaps_ms=tuple(swap.t_ms for swap in whole.swaps)
+        report.timeline,
+        swaps_ms=tuple(t.t_ms for t in whole.trainings if t.accepted),
+        rejections_ms=tuple(t.t_ms for t in whole.trainings if not t.accepted),
     )
     return replace(report, timeline=timeline, heads=_heads(data, whole))
 

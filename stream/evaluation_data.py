@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -26,7 +26,7 @@ from profiles.schema import EVENT_TYPES
 
 from .base_release import texts_of
 from .contributions import columns, event_weights
-from .datasets import Dataset
+from .datasets import Dataset, load
 from .labelling import NEUTRAL_RATING, RATING_SPAN, Archived, Rules, label
 from .settings import ModelSettings
 
@@ -46,6 +46,8 @@ class Recorded:
     user_ids: list[str]
     item_ids: list[str]
     texts: list[str]  # "" for an item that the catalogue does not describe
+    only_order: bool = False
+    """The times are made up."""
 
     @property
     def type_names(self) -> tuple[str, ...]:
@@ -53,7 +55,16 @@ class Recorded:
         return EVENT_TYPES
 
 
-def recorded(data: Dataset, name: str = "") -> Recorded:
+def loaded(dataset: str, path: Sequence[Path] | None) -> Recorded:
+    """A set by the name it has on the command line. Raises what `datasets.load` raises."""
+    data = recorded(load(dataset, path))
+    if dataset != "amazon":
+        return data
+    name = path[0].stem.removesuffix("_events") if path else dataset
+    return replace(data, name=name, only_order=True)
+
+
+def recorded(data: Dataset) -> Recorded:
     """All events of a set, in event-time order, with the default weights.
 
     The catalogue is the set's items, and after them the items that only events name.
@@ -72,7 +83,7 @@ def recorded(data: Dataset, name: str = "") -> Recorded:
         np.asarray(taken.weight, dtype=np.float32),
     )
     return Recorded(
-        name=name or data.name,
+        name=data.name,
         events=events.take(kind != FORGET),
         user_ids=list(taken.users),
         item_ids=list(row_of),

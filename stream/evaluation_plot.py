@@ -8,11 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 from .errors import UserError
-from .evaluation import Report
+from .evaluation import ENCODER_FROZEN, FROZEN, LEARNING, Report
 
 # Of the baselines only those that are strongest, or stand for a kind.
 _LINES: Final = (
-    "whole profile, learning", "own + last basket", "item-kNN", "own frequency", "popular",
+    LEARNING, ENCODER_FROZEN, FROZEN, "own + last basket", "item-kNN", "own frequency", "popular",
     "text: profile, three time scales", "SASRec (sampled softmax)", "GRU4Rec",
 )  # fmt: skip
 
@@ -36,17 +36,20 @@ def draw(report: Report, file: Path) -> None:
         if name in timeline.recall:
             wide = 2.5 if name == _LINES[0] else 1.2
             axes.plot(at, timeline.recall[name], label=name, linewidth=wide)
-    for number, swap_ms in enumerate(timeline.swaps_ms):
-        if swap_ms >= timeline.starts_ms[0]:
-            when: Any = np.datetime64(swap_ms, "ms")
-            label = "swap" if number == len(timeline.swaps_ms) - 1 else None
-            axes.axvline(when, color="0.7", linewidth=0.8, linestyle=":", label=label)
+    for label, times, colour in (
+        ("swap", timeline.swaps_ms, "0.6"),
+        ("rejected", timeline.rejections_ms, "tab:red"),
+    ):
+        for number, t_ms in enumerate(t for t in times if t >= timeline.starts_ms[0]):
+            when: Any = np.datetime64(t_ms, "ms")
+            named = None if number else label
+            axes.axvline(when, color=colour, linewidth=0.8, linestyle=":", label=named)
     axes.set_title(f"{report.dataset}: Recall@20 of what shoppers did next")
     axes.set_ylim(bottom=0)
     locator = axes.xaxis.get_major_locator()
     axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)  # on the lines it would hide some
     try:
         figure.savefig(file, metadata={"Software": "penchant eval"})
     except OSError as error:

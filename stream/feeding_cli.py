@@ -175,8 +175,9 @@ def simulate(
     Writes JSON lines, or sends to Kafka with --kafka. Nothing measured on it is about people.
     """
     from .replay import Plan
-    from .simulated_shop import DAY_MS, Shop, Spec
+    from .simulated_shop import Shop, Spec
     from .simulation import Simulated, TruthFile
+    from .times import DAY_MS
 
     opens_ms = _time_ms(start, "--start") or Spec.start_ms
     now_ms = int(datetime.now(UTC).timestamp() * 1000)

@@ -37,9 +37,10 @@ from model.windows import (
 from profiles.arithmetic import FORGET
 from profiles.schema import key64
 
+from .times import DAY_MS
+
 Keys64 = NDArray[np.uint64]
 
-_DAY_MS: Final = 86_400_000
 NEUTRAL_RATING: Final = 3.0
 RATING_SPAN: Final = 2.0
 
@@ -69,8 +70,8 @@ class Rules:
     """How windows are labelled."""
 
     weights: Mapping[str, float]  # by event type; a review's is scaled by its rating
-    purchase_ms: int = 7 * _DAY_MS
-    returns_ms: int = 30 * _DAY_MS
+    purchase_ms: int = 7 * DAY_MS
+    returns_ms: int = 30 * DAY_MS
     user_events: int = 2_000
     """The newest so many events of a user are kept: a bot, or a flood, is one voice of many."""
 
@@ -125,9 +126,6 @@ def label(
     item = rows[e.item]  # code -1 is the last row: no item
 
     last = _last_of_instant(user, e.t_ms)
-    next_at = _next((weight > 0) & (item != NO_ITEM), end)[last]
-    found = next_at < end
-    next_at = np.where(found, next_at, 0)
     # What the shop shows is no act of the shopper's.
     acts = e.type != types.index("impression")
     columns: dict[str, Any] = {
@@ -135,8 +133,6 @@ def label(
         "type": e.type,
         "t_ms": e.t_ms,
         "weight": weight,
-        "next_item": np.where(found, item[next_at] if n else 0, HELD_BACK).astype(np.int32),
-        "next_type": np.where(found, e.type[next_at] if n else 0, HELD_BACK).astype(np.int8),
         "purchase": _within(
             e.type == types.index("purchase"), e.t_ms, last, end, rules.purchase_ms, now_ms
         ),

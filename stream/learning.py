@@ -2,58 +2,64 @@
 
 It knows where things are and in which order; labelling, training, judging and publishing are
 others' work. What was begun and killed goes on where it was, and nothing is live before the gate
-has said so: the pointer moves last.
+has said so: the pointer moves, and then the verdict is noted.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from model import gate, trainer
-from model.catalogue_vectors import CatalogueVectors
-from model.comparison import Contender, compare
-from model.encoder import TextEncoder
-from model.errors import NothingToLearn
+from model.candidate import ENCODER, ITEM_IDS, ITEMS
+from model.comparison import Contender, compare, weight_norms
+from model.errors import ReleaseOvertaken, WeightsUnavailable
 from model.foreteller import Foreteller
-from model.gate import Bounds, Decision
+from model.gate import Accept, Bounds, Comparison, Decision, Figure
 from model.heads import HEADS_FILE
+from model.item_slices import item_slices
+from model.peers import peers
 from model.projection import Projection
-from model.ranker import RANKER, load_weights, save_weights
+from model.ranker import RANKER, Weights, first_weights, load_weights, save_weights
 from model.releases import (
-    ENCODER,
     PROJECTION,
     Release,
+    decisions,
     load_current,
     make_current,
     publish,
     record_decision,
 )
-from model.text import item_text, text_version
+from model.tower_tuning import TunableTower
 from model.trainer import Base, Candidate, Catalogue, TrainSettings
+from model.training_rows import stopping
 from model.transition import Transition, fit_transition
 from model.window_encoder import WINDOW
 from model.windows import Labelled
-from profiles.arithmetic import Floats
 from profiles.items import ItemStore
-from profiles.schema import EVENT_TYPES, ItemRecord
+from profiles.schema import EVENT_TYPES
 
-from .archive import Archive, archived, open_store
-from .contributions import event_weights
-from .labelling import Rules, label
-from .ranker_cases import make_cases
-from .ranker_learning import FittedRanker, fit_ranker
-from .settings import Settings
+from . import learning_material
+from .errors import UserError
+from .learning_material import Material, gather
+from .ranker_cases import Timed, make_cases, of_release
+from .ranker_learning import FittedRanker, compare_scores, fit_ranker, fitted_until
+from .settings import LearnSettings, Settings
+from .times import DAY_MS
 
 # Files of a candidate that a release takes as they are.
-_PARTS: Final = (WINDOW, HEADS_FILE, trainer.ITEMS, trainer.ITEM_IDS)
-_DAY_MS: Final = 86_400_000
+_PARTS: Final = (WINDOW, HEADS_FILE, ITEMS, ITEM_IDS)
+_LOCK: Final = ".lock"
+_NO_ROOM: Final = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+)  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 
@@ -69,54 +75,92 @@ class Outcome:
     """The new live release; None where the gate rejected the candidate."""
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """The catalogue in words."""
-
-    item_ids: list[str]
-    texts: list[str]
-
-
-def learn(settings: Settings, items: ItemStore, now: datetime, progress: Progress) -> Outcome:
-    """Fine-tune on the archive and, if the gate accepts, make the result live.
+def learn(
+    settings: Settings, items: ItemStore, now: datetime, progress: Progress
+) -> Outcome | None:
+    """Fine-tune on the archive and, if the gate accepts, make the result live. None for a process
+    that only helped another one to train (`LEARN_DISTRIBUTED`).
 
     Raises NothingToLearn, UserError, RedisUnavailable and the errors of releases and training.
     """
-    parent = load_current(settings.model.releases)
-    catalogue = _catalogue(items)
-    everything = labelled(settings, catalogue.item_ids)
-    windows = everything.as_kept()
-    features = _features(settings, parent, catalogue.texts, progress)
-    of_items = Catalogue(catalogue.item_ids, features)
-    base = _base(parent)
-    folder = settings.stream.data_dir / "training" / parent.id
-    folder.mkdir(parents=True, exist_ok=True)
-    tuned = TrainSettings(
-        seed=settings.learn.seed,
-        epochs=settings.learn.epochs,
+    training = settings.stream.data_dir / "training"
+    company = peers(settings.learn.distributed)
+    if not company.first:
+        company.wait()
+        parent = load_current(settings.model.releases)
+        material = learning_material.load(training / parent.id)
+        _train(settings, parent, material, training / parent.id, progress)
+        return None
+    with _room(settings.stream.data_dir), _alone(training):
+        _note_verdict(settings.model.releases)
+        parent = load_current(settings.model.releases)
+        folder = training / parent.id
+        _clear(training, but=folder)
+        material = gather(
+            settings, items, parent, folder, now, lambda done, of: progress("encoding", done, of)
+        )
+        company.wait()
+        candidate = _train(settings, parent, material, folder, progress)
+        outcome = _decide(settings, parent, material, candidate, now)
+        shutil.rmtree(folder)
+    return outcome
+
+
+def _train(
+    settings: Settings, parent: Release, material: Material, folder: Path, progress: Progress
+) -> Candidate:
+    learn, how = settings.learn, _train_settings(settings)
+    if (done := _trained(folder, how)) is not None:
+        return done
+    newest, older = _by_age(material.kept, learn.newest_days)
+    tower = None
+    if learn.tower != "frozen":
+        tower = TunableTower(
+            parent.path / ENCODER,
+            material.texts,
+            learn.tower,
+            last_layers=learn.tower_layers,
+            max_tokens=parent.max_tokens,
+            pooling=parent.pooling,
+            passage_prefix=parent.passage_prefix,
+            device=settings.model.device,
+        )
+    return trainer.train(
+        newest,
+        Catalogue(material.item_ids, material.features),
+        _base(parent),
+        EVENT_TYPES,
+        folder,
+        how,
+        replay=older,
+        tower=tower,
+        tensorboard=Path(learn.tensorboard) / parent.id if learn.tensorboard else None,
+        progress=progress,
+    )
+
+
+def _trained(folder: Path, how: TrainSettings) -> Candidate | None:
+    """What a turn that was killed after its training left."""
+    try:
+        found = Candidate.load(folder)
+    except WeightsUnavailable:
+        return None
+    return found if found.metrics.get("settings") == asdict(how) else None
+
+
+def _train_settings(settings: Settings) -> TrainSettings:
+    learn = settings.learn
+    return TrainSettings(
+        seed=learn.seed,
+        epochs=learn.epochs,
         events=_window_events(settings),
-        compatibility=settings.learn.compatibility,
+        accumulate=learn.accumulate,
+        learning_rate=learn.rate,
+        hard_negatives=learn.hard_negatives,
+        compatibility=learn.compatibility,
         device=settings.model.device,
+        distributed=learn.distributed,
     )
-    newest, older = _by_age(windows, settings.learn.newest_days)
-    candidate = trainer.train(
-        newest, of_items, base, EVENT_TYPES, folder, tuned, replay=older, progress=progress
-    )
-    current = base.vectors(of_items)
-    transition = fit_transition(parent.space, "", current, candidate.vectors)
-    ranker = _fit_ranker(settings, parent, everything, candidate)
-    decision = _judge(settings, windows, base, current, candidate, transition)
-    release = None
-    if decision.accepted:
-        release = _publish(parent, catalogue, candidate, decision, transition, ranker, now)
-    about = gate.record(
-        decision, release.id if release else str(folder), parent.id, now.isoformat()
-    )
-    record_decision(settings.model.releases, about)
-    if release is not None:
-        make_current(release, expected=parent.id, why="learned", now=now)
-    shutil.rmtree(folder)
-    return Outcome(len(windows), parent, decision, release)
 
 
 def _window_events(settings: Settings) -> int:
@@ -126,82 +170,10 @@ def _window_events(settings: Settings) -> int:
 
 def _by_age(windows: Labelled, days: float) -> tuple[Labelled, Labelled | None]:
     """What the newest days of events hold, and what is older, if anything is."""
-    newest = windows.t_ms >= windows.t_ms.max(initial=0) - int(days * _DAY_MS)
+    newest = windows.t_ms >= windows.t_ms.max(initial=0) - int(days * DAY_MS)
     if newest.all():
         return windows, None
     return windows.take_events(newest), windows.take_events(~newest)
-
-
-def labelled(settings: Settings, item_ids: Sequence[str]) -> Labelled:
-    """The archive's windows. Raises NothingToLearn where there are none."""
-    events = archived(Archive(open_store(settings.archive.url)).read())
-    if not len(events):
-        raise NothingToLearn(
-            f"the archive {settings.archive.url} is empty: let `penchant trainer` fill it"
-        )
-    rules = Rules(
-        event_weights(settings.profile.weights),
-        purchase_ms=int(settings.learn.purchase_days * _DAY_MS),
-        returns_ms=int(settings.learn.return_days * _DAY_MS),
-        user_events=settings.archive.user_events,
-    )
-    rows = {item_id: row for row, item_id in enumerate(item_ids)}
-    return label(events, rows, EVENT_TYPES, rules, int(events.t_ms.max()))
-
-
-def _catalogue(items: ItemStore) -> _Texts:
-    records = sorted(items.all_records(), key=lambda record: record.item_id)
-    texts = {record.item_id: text for record in records if (text := _text(record))}
-    if not texts:
-        raise NothingToLearn("no item has a text: send the catalogue to the items topic first")
-    return _Texts(list(texts), list(texts.values()))
-
-
-def _text(record: ItemRecord) -> str:
-    if record.deleted:
-        return ""
-    return item_text(record.title, record.category, record.brand, record.description)
-
-
-def _features(
-    settings: Settings, release: Release, texts: Sequence[str], progress: Progress
-) -> Floats:
-    """(n, W) unit rows of the release's tower. What was encoded once is kept beside other caches:
-    texts seldom change, and a frozen tower never does."""
-    versions = [text_version(text) for text in texts]
-    file = settings.stream.data_dir / "features" / f"{release.base.replace('/', '_')[-80:]}.npz"
-    known = _read_features(file, release.width)
-    missing = {v: t for v, t in zip(versions, texts, strict=True) if v not in known}
-    if missing:
-        encoder = TextEncoder.from_pretrained(
-            release.path / ENCODER,
-            device=settings.model.device,
-            dtype=settings.model.dtype,
-            max_tokens=release.max_tokens,
-            pooling=release.pooling,
-            query_prefix=release.query_prefix,
-            passage_prefix=release.passage_prefix,
-        )
-        wanted = list(missing.items())
-        for begin in range(0, len(wanted), 256):
-            part = wanted[begin : begin + 256]
-            progress("encoding", begin, len(wanted))
-            known |= dict(
-                zip((v for v, _ in part), encoder.encode([t for _, t in part]), strict=True)
-            )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, versions=np.array(list(known)), rows=np.stack(list(known.values())))
-    return np.stack([known[version] for version in versions])
-
-
-def _read_features(file: Path, width: int) -> dict[str, Floats]:
-    try:
-        with np.load(file) as kept:
-            rows = kept["rows"]
-            versions = kept["versions"].tolist()
-    except (OSError, ValueError, KeyError, EOFError):
-        return {}  # none yet, or cut off by a crash: encoded again
-    return dict(zip(versions, rows, strict=True)) if rows.shape[1] == width else {}
 
 
 def _base(parent: Release) -> Base:
@@ -210,56 +182,132 @@ def _base(parent: Release) -> Base:
     return Base(Projection.load(parent.path / PROJECTION), earlier)
 
 
-def _judge(
+def _decide(
+    settings: Settings, parent: Release, material: Material, candidate: Candidate, now: datetime
+) -> Outcome:
+    base = _base(parent)
+    live = _contender(base, Catalogue(material.item_ids, material.features))
+    transition = fit_transition(parent.space, "", live.vectors, candidate.vectors)
+    comparison = _compare(settings, material, base, live, candidate, transition)
+    ranker = None
+    if settings.learn.neighbours:  # else readers would lack the signal that a ranker leans on
+        ranker, served = _fit_ranker(settings, parent, material.windows, live, candidate)
+        comparison = replace(comparison, served=(*comparison.served, served))
+    decision = gate.decide(comparison, _bounds(settings.learn))
+    release = None
+    if decision.accepted:
+        release = _publish(settings, parent, material, candidate, decision, transition, ranker, now)
+    about = gate.record(
+        decision, release.id if release else str(candidate.path), parent.id, now.isoformat()
+    )
+    if release is not None:
+        try:
+            make_current(release, expected=parent.id, why="learned", now=now)
+        except ReleaseOvertaken as error:
+            about |= {"decision": "overtaken", "reasons": [str(error)]}
+            record_decision(settings.model.releases, about)
+            shutil.rmtree(candidate.path)
+            raise
+    record_decision(settings.model.releases, about)
+    return Outcome(len(material.kept), parent, decision, release)
+
+
+def _contender(base: Base, catalogue: Catalogue) -> Contender:
+    """The live release, as it serves."""
+    vectors, earlier = base.vectors(catalogue), base.earlier
+    return Contender(vectors, earlier.window, earlier.heads) if earlier else Contender(vectors)
+
+
+def _compare(
     settings: Settings,
-    windows: Labelled,
+    material: Material,
     base: Base,
-    current: Floats,
+    live: Contender,
     candidate: Candidate,
     transition: Transition,
-) -> Decision:
-    earlier = base.earlier
-    live = Contender(current)
-    if earlier is not None:
-        live = replace(live, window=earlier.window, heads=earlier.heads)
-    comparison = compare(
-        windows,
+) -> Comparison:
+    return compare(
+        material.kept,
         live,
         Contender.of(candidate),
         cut_ms=candidate.metrics["cut_ms"],
         item_events=candidate.counts,
         events=_window_events(settings),
+        half_lives_s=settings.profile.half_lives_s,
+        item_slices=item_slices(material.texts, material.categories, candidate.counts),
         seed=settings.learn.seed,
         transition_cosine=transition.error.cosine,
+        norms=weight_norms(base.earlier, candidate),
     )
-    return gate.decide(comparison, Bounds(margin=settings.learn.margin))
+
+
+def _bounds(learn: LearnSettings) -> Bounds:
+    return Bounds(
+        margin=learn.margin,
+        older_tolerance=learn.older_tolerance,
+        head_tolerance=learn.head_tolerance,
+        slice_tolerance=learn.slice_tolerance,
+        served_tolerance=learn.served_tolerance,
+        calibration_tolerance=learn.calibration_tolerance,
+        norm_ratio=learn.norm_ratio,
+        least_transition_cosine=learn.transition_cosine,
+        least_count=learn.least_targets,
+    )
 
 
 def _fit_ranker(
-    settings: Settings, parent: Release, windows: Labelled, candidate: Candidate
-) -> FittedRanker | None:
-    """On windows that the candidate was not trained on, from the live release's ranker. None where
-    neighbours are not kept: readers would lack the signal that it leans on. Where workers compute
-    no outlooks, readers have no next interest, and so has no case."""
-    if not settings.learn.neighbours:
-        return None
-    foretold = settings.stream.outlook_share > 0
+    settings: Settings,
+    parent: Release,
+    windows: Labelled,
+    live: Contender,
+    candidate: Candidate,
+) -> tuple[FittedRanker, Figure]:
+    """A ranker, on windows that the candidate was not trained on and from the live release's; and
+    what readers would get by the live release and by the candidate."""
+    profile = settings.profile
     cases = make_cases(
         windows,
         candidate.vectors,
-        settings.profile.half_lives_s,
+        profile.half_lives_s,
         cut_ms=candidate.metrics["cut_ms"],
-        window=settings.profile.window,
-        foreteller=Foreteller(candidate.window, candidate.heads) if foretold else None,
+        window=profile.window,
+        foreteller=_foreteller(settings, Contender.of(candidate)),
         seed=settings.learn.seed,
     )
-    live = load_weights(parent.path / RANKER) if RANKER in parent.parts else None
-    return fit_ranker(cases, live, settings.learn.margin, settings.learn.seed)
+    current = load_weights(parent.path / RANKER) if RANKER in parent.parts else None
+    fitted = fit_ranker(cases, current, settings.learn.margin, settings.learn.seed)
+    unseen = _unseen(cases, windows)
+    before: Weights = first_weights() if current is None else current
+    after = before if fitted.weights is None else fitted.weights
+    as_now = of_release(
+        unseen,
+        windows,
+        live.vectors,
+        profile.half_lives_s,
+        window=profile.window,
+        foreteller=_foreteller(settings, live),
+    )
+    return fitted, compare_scores("recall@20 of recommend", (as_now, before), (unseen, after))
+
+
+def _foreteller(settings: Settings, of: Contender) -> Foreteller | None:
+    """None also where workers compute no outlooks: readers have no next interest then."""
+    if not settings.stream.outlook_share or of.window is None or of.heads is None:
+        return None
+    return Foreteller(of.window, of.heads)
+
+
+def _unseen(cases: Timed, windows: Labelled) -> Timed:
+    """The cases that neither the ranker nor the decision when to stop has seen."""
+    judging = ~stopping(windows)[cases.user]
+    judging[: fitted_until(cases)] = False
+    return cases.take(judging.nonzero()[0])
 
 
 def _publish(
+    settings: Settings,
     parent: Release,
-    catalogue: _Texts,
+    material: Material,
     candidate: Candidate,
     decision: Decision,
     transition: Transition,
@@ -275,15 +323,60 @@ def _publish(
         if ranker.weights is not None:
             parts[RANKER] = candidate.path / RANKER
             save_weights(ranker.weights, parts[RANKER])
+    tuned = settings.learn.tower != "frozen"
     return publish(
         parent,
         candidate.projection,
+        encoder=candidate.path / ENCODER if tuned else None,
         parts=parts,
-        item_vectors=CatalogueVectors(
-            catalogue.item_ids, [text_version(t) for t in catalogue.texts], candidate.vectors
-        ),
+        item_vectors=material.vectors(candidate.vectors),
         learned_items=True,
         transition=transition,
         metrics=metrics,
         now=now,
     )
+
+
+def _note_verdict(releases_dir: Path) -> None:
+    """A turn that was killed after it moved the pointer has left no verdict: its release has it."""
+    live = load_current(releases_dir)
+    figures = live.metrics().get("gate")
+    if figures is None or any(d.get("candidate") == live.id for d in decisions(releases_dir)):
+        return
+    about = gate.record(Accept(figures), live.id, live.parent, live.created_at)
+    record_decision(releases_dir, about)
+
+
+def _clear(training: Path, but: Path) -> None:
+    """What was begun from releases that are no longer live."""
+    for folder in training.iterdir():
+        if folder.is_dir() and folder != but:
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _alone(training: Path) -> Iterator[None]:
+    """One turn at a time in a folder; the kernel lets go of the lock of one that dies."""
+    training.mkdir(parents=True, exist_ok=True)
+    with (training / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another `penchant learn` is at work in {training}: wait until it is done, "
+                "or set STREAM_DATA_DIR to a folder of its own"
+            ) from None
+        yield
+
+
+@contextmanager
+def _room(data_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(
+            f"cannot write under {data_dir} ({error.strerror or error}); make room and learn "
+            "again: what was done by then is kept"
+        ) from error

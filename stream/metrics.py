@@ -128,6 +128,17 @@ OUTLOOKS_LEFT_OUT: Final = Counter(
 OUTLOOKS_WAITING: Final = Gauge(
     "penchant_outlooks_waiting", "Shoppers waiting for an outlook", registry=REGISTRY
 )
+SWEEP_SEEN: Final = Gauge(
+    "penchant_sweep_seen",
+    "Profiles that the sweep into the live space has looked at, in all its passes; set by the "
+    "worker whose turn it is. Standing still before the sweep is done: look for its warnings",
+    registry=REGISTRY,
+)
+SWEEP_MOVED: Final = Gauge(
+    "penchant_sweep_moved",
+    "Of those, profiles that it moved; others moved when their shopper did something",
+    registry=REGISTRY,
+)
 RELEASES_SWAPPED: Final = Counter(
     "penchant_releases_swapped", "Releases that this worker flipped to", registry=REGISTRY
 )

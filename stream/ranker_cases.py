@@ -9,7 +9,7 @@ would have had, as a worker makes it, so that what is trained is what is served.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from model import training_rows as tr
 from model.foreteller import Foreteller
-from model.ranker import Cases
+from model.ranker import ITEM, Cases
+from model.training_data import decayed_interests
 from model.windows import Labelled
 from profiles import neighbours, ranking
-from profiles.arithmetic import Floats, Ints, unit
+from profiles.arithmetic import Floats, Ints
 from profiles.neighbours import Neighbours, Pairs, Tallies, TallyLayout
 from profiles.schema import NEAR_ENTRY, PAIR_ENTRY, WINDOW_ENTRY
 
@@ -41,6 +42,14 @@ class Timed:
     cases: Cases
     user: Ints  # (n,) of each case
     t_ms: Ints  # (n,)
+    end: Ints  # (n,) the event that each comes after
+
+    def take(self, rows: Ints) -> Timed:
+        """The cases of these rows."""
+        c = self.cases
+        parts = (c.signals, c.items, c.shopper, c.target, c.log_chance)
+        cases = Cases(*(part[rows] for part in parts))
+        return Timed(cases, self.user[rows], self.t_ms[rows], self.end[rows])
 
 
 def make_cases(
@@ -71,57 +80,80 @@ def make_cases(
     owner = tr.owners(windows)
     n, size = len(ends), len(vectors)
     signals = np.zeros((n, size, len(ranking.SIGNALS)), dtype=np.float32)
-    known = np.zeros((n, size), dtype=np.float32)
+    known = np.zeros((n, size, len(ITEM)), dtype=np.float32)
     target = np.zeros((n, size), dtype=np.float32)
     shopper = np.zeros((n, 3), dtype=np.float32)
-    windows_seen: list[NDArray[Any]] = []
     for block in np.array_split(np.arange(n), min(_BLOCKS, max(n, 1))):
         if not len(block):
             continue
         counted.tell(int(windows.t_ms[ends[block[0]]]))
-        counts = counted.counts()  # (C,)
+        counts, recent = counted.counts()  # (C,), (C,)
         for row in block.tolist():
             end = int(ends[row])
             first = int(windows.start[owner[end]])
-            seen = _entries(windows, first, end + 1)[-window:]
-            windows_seen.append(seen)
+            seen = _entries(windows, first, end)[-window:]
             own = ranking.own_frequency(seen)
             near = ranking.nearby(seen, counted.near(seen))
-            signals[row, :, 1] = vectors @ _interest(windows, vectors, first, end, half_lives_s)
             pulled = np.array(list(near), dtype=np.int64) - 1
             for item, weight in zip(pulled.tolist(), near.values(), strict=True):
                 signals[row, item, 2] = ranking.covisitation(weight, float(counts[item]))
             for key, times in own.items():
                 signals[row, key - 1, 3] = times
-            known[row] = np.log1p(counts)
+            days = np.zeros(size)
+            asked_ms = int(targets.t_ms[targets.first[end]])  # when the shopper is back
+            for key, age in ranking.own_days(seen, asked_ms).items():
+                days[key - 1] = age
+            known[row] = np.log1p(np.stack([counts, recent, days], axis=-1))
             target[row, targets.item[targets.first[end] : targets.stop[end]]] = 1.0
             shopper[row] = ranking.shopper_features(seen, end - first + 1)
-    if foreteller is not None:
-        signals[:, :, 0] = _next_interests(foreteller, windows_seen, vectors) @ vectors.T
+    _set_cosines(signals, windows, ends, vectors, half_lives_s, window, foreteller)
     cases = Cases(signals, known, shopper, target, np.zeros((n, size), dtype=np.float32))
-    return Timed(cases, owner[ends], windows.t_ms[ends])
+    return Timed(cases, owner[ends], windows.t_ms[ends], ends)
 
 
-def _entries(windows: Labelled, first: int, stop: int) -> NDArray[Any]:
-    """Events with a weight as a profile's window has them; the key of item i is i + 1."""
-    at = np.arange(first, stop)
+def of_release(
+    timed: Timed,
+    windows: Labelled,
+    vectors: Floats,
+    half_lives_s: tuple[float, ...],
+    *,
+    window: int = 50,
+    foreteller: Foreteller | None = None,
+) -> Timed:
+    """The same cases with the cosines of another release; arguments as of `make_cases`."""
+    signals = timed.cases.signals.copy()
+    _set_cosines(signals, windows, timed.end, vectors, half_lives_s, window, foreteller)
+    return replace(timed, cases=replace(timed.cases, signals=signals))
+
+
+def _set_cosines(
+    signals: Floats,
+    windows: Labelled,
+    ends: Ints,
+    vectors: Floats,
+    half_lives_s: tuple[float, ...],
+    window: int,
+    foreteller: Foreteller | None,
+) -> None:
+    """The signals (n, C, 4) that depend on a release, after events `ends` (n,)."""
+    for row, end in enumerate(ends.tolist()):
+        interest = decayed_interests(windows, end, vectors, half_lives_s).mean(axis=0)
+        signals[row, :, 1] = vectors @ interest  # the mean cosine to all time scales
+    signals[:, :, 0] = 0.0
+    if foreteller is not None:
+        first = windows.start[tr.owners(windows)[ends]].tolist()
+        seen = [_entries(windows, *at)[-window:] for at in zip(first, ends.tolist(), strict=True)]
+        signals[:, :, 0] = _next_interests(foreteller, seen, vectors) @ vectors.T
+
+
+def _entries(windows: Labelled, first: int, end: int) -> NDArray[Any]:
+    """Events to `end` with a weight as a profile's window has them; the key of item i is i + 1."""
+    at = np.arange(first, end + 1)
     at = at[windows.weight[at] != 0]
     out = np.zeros(len(at), WINDOW_ENTRY)
     out["t_ms"], out["item"] = windows.t_ms[at], windows.item[at] + 1
     out["weight"], out["type"] = windows.weight[at], windows.type[at]
     return out
-
-
-def _interest(
-    windows: Labelled, vectors: Floats, first: int, end: int, half_lives_s: tuple[float, ...]
-) -> Floats:
-    """(D,) what a vector's product with is the mean cosine to all time scales."""
-    at = np.arange(first, end + 1)
-    at = at[(windows.weight[at] != 0) & (windows.item[at] >= 0)]
-    age_s = (windows.t_ms[end] - windows.t_ms[at]) / 1000.0  # (m,)
-    share = np.exp2(-age_s / np.asarray(half_lives_s)[:, None]) * windows.weight[at]  # (K, m)
-    mean: Floats = unit((share @ vectors[windows.item[at]]).astype(np.float32)).mean(axis=0)
-    return mean
 
 
 def _next_interests(foreteller: Foreteller, windows: list[NDArray[Any]], vectors: Floats) -> Floats:
@@ -170,12 +202,13 @@ class _Counted:
                 neighbours.fold(self._tallies, rows, pairs, self._layout)
         self._told = max(self._told, until)
 
-    def counts(self) -> Floats:
-        """(C,) decayed events of each item."""
+    def counts(self) -> tuple[Floats, Floats]:
+        """(C,) decayed events of each item, and those of late."""
         header = self._tallies.header
         age_ms = header["updated_ms"].max() - header["updated_ms"]
         left = np.exp2(-age_ms / (1000.0 * self._layout.half_life_s))
-        return np.asarray(header["count"] * left, dtype=np.float32)
+        counts, recent = header["count"] * left, header["recent"] * left**neighbours.RECENT
+        return counts.astype(np.float32), recent.astype(np.float32)
 
     def near(self, seen: NDArray[Any]) -> dict[int, Neighbours]:
         """Neighbours of a window's latest items, by item key."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from model.evaluate import UserBootstrap, metric, ranks
 from model.gate import Figure
-from model.ranker import Cases, Weights, first_weights, fit
+from model.ranker import Weights, first_weights, fit, thinned
 from profiles.ranking import score
 
 from .ranker_cases import Timed
@@ -36,41 +36,41 @@ class FittedRanker:
 def fit_ranker(timed: Timed, live: Weights | None, margin: float, seed: int = 0) -> FittedRanker:
     """Fit from the live weights (None: those by hand) and compare with them."""
     before = first_weights() if live is None else live
-    split = int(len(timed.t_ms) * _FITTED_SHARE)
-    if split < LEAST_CASES:
+    split = fitted_until(timed)
+    if not split:
         nothing = Figure(f"{_METRIC} of the ranker", np.nan, np.nan, np.nan, np.nan, 0)
         return FittedRanker(None, nothing)
-    fitted = fit(_take(timed.cases, slice(0, split)), before, seed=seed)
-    judged, users = _take(timed.cases, slice(split, None)), timed.user[split:]
-    row, item = np.nonzero(judged.target)
-    found = [metric(_METRIC, _ranks(w, judged)) for w in (before, fitted)]
-    change = UserBootstrap(users[row]).difference(found[1], found[0])
-    figure = Figure(
-        f"{_METRIC} of the ranker",
-        float(found[0].mean()),
-        float(found[1].mean()),
-        change.low,
-        change.high,
-        len(item),
-    )
-    return FittedRanker(fitted if change.low > margin else None, figure)
+    rows = np.arange(len(timed.t_ms))
+    fitted = fit(thinned(timed.take(rows[:split]).cases, seed), before, seed=seed)
+    judged = timed.take(rows[split:])
+    figure = compare_scores(f"{_METRIC} of the ranker", (judged, before), (judged, fitted))
+    return FittedRanker(fitted if figure.low > margin else None, figure)
 
 
-def _ranks(weights: Weights, cases: Cases) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """The place of every target, in the order of `np.nonzero(cases.target)`."""
+def fitted_until(timed: Timed) -> int:
+    """How many cases a ranker is fitted on; 0: there are too few for one."""
+    split = int(len(timed.t_ms) * _FITTED_SHARE)
+    return split if split >= LEAST_CASES else 0
+
+
+def compare_scores(
+    name: str, current: tuple[Timed, Weights], candidate: tuple[Timed, Weights]
+) -> Figure:
+    """What readers would have shown by either's signals and weights, for the same cases."""
+    row, item = np.nonzero(current[0].cases.target)
+    if not len(item):
+        return Figure(name, np.nan, np.nan, np.nan, np.nan, 0)
+    found = [metric(_METRIC, _ranks(weights, timed)) for timed, weights in (current, candidate)]
+    change = UserBootstrap(current[0].user[row]).difference(found[1], found[0])
+    means = [float(each.mean()) for each in found]
+    return Figure(name, means[0], means[1], change.low, change.high, len(item))
+
+
+def _ranks(weights: Weights, timed: Timed) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    """The place of every target, in the order of `np.nonzero(target)`."""
     places = []
-    for begin in range(0, len(cases.target), _CASES_AT_ONCE):
-        part = _take(cases, slice(begin, begin + _CASES_AT_ONCE))
-        scores = score(weights, part.signals, part.item_log_events, part.shopper)
+    for rows in np.array_split(np.arange(len(timed.t_ms)), -(-len(timed.t_ms) // _CASES_AT_ONCE)):
+        part = timed.take(rows).cases
+        scores = score(weights, part.signals, part.items, part.shopper)
         places.append(ranks(scores, *np.nonzero(part.target)))
     return np.concatenate(places)
-
-
-def _take(cases: Cases, rows: slice) -> Cases:
-    return Cases(
-        cases.signals[rows],
-        cases.item_log_events[rows],
-        cases.shopper[rows],
-        cases.target[rows],
-        cases.log_chance[rows],
-    )

@@ -1,11 +1,14 @@
 """`penchant releases …`: building the base, what is there, what is live, and moving between them.
 
-A running worker follows CURRENT by itself; nothing here talks to it.
+A running worker follows CURRENT by itself; nothing here talks to it. How far its sweep is stands in
+Redis, which need not be there.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,13 +86,20 @@ def list_(as_json: AsJson = False) -> None:
     from .releases_view import listing, listing_table
 
     folder = _folder()
-    shown = listing(folder)
+    shown = listing(folder) | {"sweep": _sweep(folder)}
     if as_json:
         _print_json(shown)
     elif not shown["releases"] and not shown["decisions"]:
         console.print(f"no releases in {folder}: type `penchant releases build`", highlight=False)
     else:
         console.print(listing_table(shown))
+        if (sweep := shown["sweep"]) is not None:
+            state = "done" if sweep["done"] else "going on"
+            console.print(
+                f"sweep into {sweep['space']}: {state}, {sweep['seen']:,} profiles seen, "
+                f"{sweep['moved']:,} moved",
+                highlight=False,
+            )
 
 
 @releases_app.command()
@@ -154,6 +164,26 @@ def _release(name: str) -> Release:
         what = f"{len(found)} releases begin with" if found else "there is no release"
         raise UserError(f"{what} {name!r} in {folder}: `penchant releases list` has their names")
     return load(folder / found[0])
+
+
+def _sweep(releases_dir: Path) -> dict[str, Any] | None:
+    """How far profiles have been moved into the live space; None where no sweep into it began, or
+    Redis cannot be asked."""
+    from model.errors import ModelError
+    from model.releases import current_name, peek
+    from profiles.errors import ProfilesError
+    from profiles.schema import Keys
+
+    from .sweeper import progress
+
+    settings = Settings()
+    try:
+        space = peek(releases_dir / current_name(releases_dir)).space
+        with closing(settings.redis.connection().open()) as client:
+            found = progress(client, Keys(settings.namespace), space)
+    except (ModelError, ProfilesError):
+        return None
+    return None if found is None else {"space": space, **asdict(found)}
 
 
 def _folder() -> Path:

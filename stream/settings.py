@@ -183,8 +183,38 @@ class LearnSettings(_Group):
     """Days of events that are gone through in full; of older ones each pass takes a few."""
     compatibility: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the term that keeps item vectors near the live release's."""
+    rate: Annotated[float, Field(gt=0)] = 2e-3
+    """The highest learning rate; a tuned tower takes a part of it."""
+    hard_negatives: Annotated[int, Field(ge=0)] = 0
+    """Items nearest to each target that count as its negatives, too."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients are added up before a step."""
+    tower: Literal["frozen", "lora", "last", "full"] = "frozen"
+    """What of the text tower learns along: nothing, LoRA, its last layers, all of it."""
+    tower_layers: Annotated[int, Field(ge=1)] = 1
+    """Layers that `last` sets free."""
+    distributed: bool = False
+    """Share each step out among processes that `accelerate launch` started."""
+    tensorboard: str = ""
+    """Folder of TensorBoard logs; none are written without."""
     margin: Annotated[float, Field(ge=0)] = 0.0
     """How much better a candidate must be on the newest windows, beyond noise (Recall@20)."""
+    least_targets: Annotated[int, Field(ge=1)] = 100
+    """Targets of the newest windows below which nothing is shown."""
+    older_tolerance: Annotated[float, Field(ge=0)] = 0.005
+    """How much worse on older windows, beyond noise (Recall@20)."""
+    slice_tolerance: Annotated[float, Field(ge=0)] = 0.01
+    """On new shoppers, rare items, rare categories, each script (Recall@20)."""
+    served_tolerance: Annotated[float, Field(ge=0)] = 0.005
+    """By what readers rank (Recall@20)."""
+    head_tolerance: Annotated[float, Field(ge=0)] = 0.01
+    """In a head's AUC."""
+    calibration_tolerance: Annotated[float, Field(ge=0)] = 0.02
+    """In a head's calibration error."""
+    norm_ratio: Annotated[float, Field(gt=1)] = 4.0
+    """Between the lengths of a release's weights and its successor's."""
+    transition_cosine: Annotated[float, Field(ge=-1, le=1)] = 0.7
+    """Least mean cosine of mapped and true vectors of held-out items."""
     purchase_days: Annotated[float, Field(gt=0)] = 7.0
     """The horizon of the label "purchase"."""
     return_days: Annotated[float, Field(gt=0)] = 30.0

@@ -30,6 +30,7 @@ from profiles.arithmetic import FORGET
 from profiles.schema import TYPE_CODE
 
 from .simulated_words import NOUNS, PICKS, TOPICS, ItemWords, describe
+from .times import DAY_MS, HOUR_MS
 
 Floats = NDArray[np.float64]
 Interests = NDArray[np.float32]
@@ -38,8 +39,6 @@ Bools = NDArray[np.bool_]
 Rows = NDArray[np.void]
 
 K: Final = len(TOPICS)
-DAY_MS: Final = 86_400_000
-_HOUR_MS: Final = 3_600_000
 _MINUTE_MS: Final = 60_000
 _NEVER_MS: Final = np.iinfo(np.int64).max
 GUEST: Final = 1 << 40
@@ -285,7 +284,7 @@ class _Waiting:
 
 # --- time of day: a clock that runs as fast as the shop is busy, in days
 
-_HOURS_MS: Final = np.arange(25) * float(_HOUR_MS)
+_HOURS_MS: Final = np.arange(25) * float(HOUR_MS)
 _BUSY: Final = np.append(0.0, np.cumsum(_BY_HOUR) / sum(_BY_HOUR))
 
 
@@ -369,8 +368,8 @@ class _People:
         free = _busy_days(self.last_ms[at] + _MINUTE_MS)
         self.next_ms[at] = _at_busy_day(free + gap) + 1
         out = at[self.restock[at] >= 0]
-        due_ms = self.restock_ms[out] + _delay(rng, 12 * _HOUR_MS, len(out))
-        sooner = np.maximum(due_ms, self.last_ms[out] + _HOUR_MS)
+        due_ms = self.restock_ms[out] + _delay(rng, 12 * HOUR_MS, len(out))
+        sooner = np.maximum(due_ms, self.last_ms[out] + HOUR_MS)
         self.next_ms[out] = np.minimum(self.next_ms[out], sooner)
 
     def act(self, begin_ms: int, until_ms: int, rng: np.random.Generator) -> Block:
@@ -386,7 +385,7 @@ class _People:
             gone.append(self.user[left])
             gone_ms.append(self.last_ms[left])
             erased = left[rng.random(len(left)) < self._shop.spec.forgets]
-            rows.append(_forgets(self.user[erased], self.last_ms[erased] + _HOUR_MS))
+            rows.append(_forgets(self.user[erased], self.last_ms[erased] + HOUR_MS))
             self._replace(left, rng)
         all_rows = np.concatenate(rows)
         all_rows = all_rows[np.argsort(all_rows["ts"], kind="stable")]

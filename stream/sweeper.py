@@ -200,6 +200,8 @@ class Sweeper:
             return cast(dict[bytes, bytes], self._client.hgetall(self._keys.sweep(space)))
 
     def _note(self, space: str, cursor: int, seen: int, moved: int, *, done: bool) -> None:
+        metrics.SWEEP_SEEN.set(seen)
+        metrics.SWEEP_MOVED.set(moved)
         key = self._keys.sweep(space)
         fields: dict[Any, Any] = {
             "cursor": cursor, "seen": seen, "moved": moved, "done": int(done),

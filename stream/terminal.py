@@ -44,15 +44,30 @@ def plain(text: str) -> str:
     return escape(printable(" ".join(text.splitlines()).strip()))
 
 
+Report = Callable[[int, int | None], None]
+"""What is told how much is done, of how much."""
+
+
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar on a terminal, silence elsewhere; yields report(done, total or None)."""
+def progress(what: str) -> Iterator[Report]:
+    """A progress bar on a terminal, silence elsewhere; yields its report."""
+    with progresses() as begin:
+        yield begin(what)
+
+
+@contextmanager
+def progresses() -> Iterator[Callable[[str], Report]]:
+    """The same for several things, one below the other; yields what -> its report."""
     with Progress(
-        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=errors, disable=not errors.is_terminal,
     ) as bar:  # fmt: skip
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def begin(what: str) -> Report:
+            task = bar.add_task(what, total=None)
+            return lambda done, total: bar.update(task, completed=done, total=total)
+
+        yield begin
 
 
 def open_to_read(path: Path) -> BinaryIO:

@@ -19,8 +19,8 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
 
 from .errors import UserError
 from .settings import KafkaSettings, Settings
+from .times import DAY_MS
 
-DAY_MS = 86_400_000
 DEAD_LETTER_RETENTION = 4  # times the events': rejects are looked at after a holiday
 DEAD_LETTER_MAX_BYTES = 2 * 1024 * 1024  # a record of the largest size, with our headers on top
 

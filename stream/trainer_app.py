@@ -30,6 +30,7 @@ from .archive import Archive, Pending, open_store
 from .errors import UserError
 from .intake import Intake, MicroBatch
 from .settings import ArchiveSettings, Settings
+from .times import DAY_MS
 from .topics import connect
 from .updater_app import FaustWorker, UpdaterApp
 
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 
 GROUP: Final = "trainer"
 _GB: Final = 10**9
-_DAY_MS: Final = 86_400_000
 # The intake holds batches back until they are done, and they are done when they are written: so
 # it must allow more of them than a flush holds. Large ones, gathered slowly, keep them few.
 _BATCHES: Final = 40
@@ -121,7 +121,7 @@ class Ingest:
             return
         settings = self._settings
         expired = self._archive.expire(
-            int(settings.retention_days * _DAY_MS), int(settings.max_gb * _GB)
+            int(settings.retention_days * DAY_MS), int(settings.max_gb * _GB)
         )
         saved = self._archive.compact(_TIDY_STEP)
         if expired or saved:

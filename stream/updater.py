@@ -53,9 +53,10 @@ log = logging.getLogger(__name__)
 _SAVE_ROUNDS: Final = 20
 _REFRESH_EVERY_S: Final = 1.0
 # The users of a large micro-batch are folded and saved in parts at the same time: Redis works on
-# one while Python works on another. A part is a lane: pairs are counted once by their order in it.
-_LANES: Final = LANES
-_LANE_USERS: Final = 256
+# some while the processor works on others. Where pairs are made, a part is a lane: they are counted
+# once by their order in it.
+_PARTS: Final = 4
+_PART_USERS: Final = 256
 # Records parsed and taken apart at a time: their events, a kilobyte each, must not leave the
 # processor's cache in between (6.3 us per event, against 9.7 with a whole micro-batch).
 _PART_RECORDS: Final = 128
@@ -170,7 +171,7 @@ class Updater:
         self._told_split = False
         self._outlooks = Waiting(settings.stream.outlook_waiting)
         self._apply_s = 0.0
-        self._lanes = ThreadPoolExecutor(_LANES, "lane")
+        self._parts = ThreadPoolExecutor(_PARTS, "part")
 
     @property
     def catalogue(self) -> Catalogue:
@@ -402,7 +403,7 @@ class Updater:
                 # shoppers further, and pairs are sent before a save would find that out.
                 self._profiles.forget_cached()
                 self._epoch = prepared.epoch
-            self._in_lanes(prepared)
+            self._in_parts(prepared)
             self.foretell(prepared.users, catalogue)
             for item in prepared.arrived_items:
                 self._items.resolve_waiting(item, lambda users: self._resolve(users, catalogue))
@@ -411,25 +412,26 @@ class Updater:
         if prepared.oldest_ms:
             metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
 
-    def _in_lanes(self, prepared: Prepared) -> None:
+    def _in_parts(self, prepared: Prepared) -> None:
         """All of it, for parts of the users at the same time where there are many."""
-        count = _LANES if len(prepared.users) >= _LANES * _LANE_USERS else 1
-        parts = self._plain_parts if self._pairs is None else self._parts_with_pairs
-        lanes = [self._lanes.submit(part) for part in parts(prepared, count)]
-        wait(lanes)  # all, even where one failed: nothing may be at work when this returns
-        for lane in lanes:
-            lane.result()
+        parts = self._plain_parts if self._pairs is None else self._lanes
+        at_work = [self._parts.submit(part) for part in parts(prepared)]
+        wait(at_work)  # all, even where one failed: nothing may be at work when this returns
+        for part in at_work:
+            part.result()
 
-    def _plain_parts(self, prepared: Prepared, count: int) -> list[Callable[[], None]]:
-        ends = [len(prepared.users) * part // count for part in range(count + 1)]
+    def _plain_parts(self, prepared: Prepared) -> list[Callable[[], None]]:
+        users = len(prepared.users)
+        count = _PARTS if users >= _PARTS * _PART_USERS else 1
+        ends = [users * part // count for part in range(count + 1)]
         return [partial(self._fold_and_save, prepared, begin, end) for begin, end in pairwise(ends)]
 
-    def _parts_with_pairs(self, prepared: Prepared, count: int) -> list[Callable[[], None]]:
+    def _lanes(self, prepared: Prepared) -> list[Callable[[], None]]:
         """By shopper, so that who was in a lane stays there: pairs are counted by their order."""
         everybody = _all_of(prepared)
-        if count == 1:
+        if len(prepared.users) < LANES * _PART_USERS:
             return [partial(self._rounds, everybody)]
-        lanes: list[list[int]] = [[] for _ in range(_LANES)]
+        lanes: list[list[int]] = [[] for _ in range(LANES)]
         for row, user in enumerate(prepared.users):
             lanes[lane_of(user)].append(row)
 

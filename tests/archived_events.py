@@ -7,7 +7,8 @@ import random
 from collections.abc import Sequence
 
 from stream import events as ev
-from stream.archive import HOUR_MS, Archive, Pending
+from stream.archive import Archive, Pending
+from stream.times import HOUR_MS
 
 T0_MS = 1_700_000_000_000 // (24 * HOUR_MS) * 24 * HOUR_MS  # a midnight
 

@@ -61,8 +61,6 @@ def labelled(item: np.ndarray, t_ms: np.ndarray, **columns: Any) -> Labelled:
             "type": np.ones(m, dtype=np.uint8),
             "t_ms": t_ms.reshape(-1).astype(np.int64),
             "weight": np.ones(m, dtype=np.float32),
-            "next_item": np.full(m, -1, dtype=np.int32),
-            "next_type": np.full(m, -1, dtype=np.int8),
             "purchase": np.full(m, -1, dtype=np.int8),
             "returns": np.full(m, -1, dtype=np.int8),
         }

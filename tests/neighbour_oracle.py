@@ -84,7 +84,10 @@ def compare(
         now_ms = max(times)
         if got.updated_ms != now_ms:
             differences.append(f"{item:016x} updated_ms: {got.updated_ms} instead of {now_ms}")
-        pairs = {"count": (got.count, _sum(want.own, now_ms))}
+        pairs = {
+            "count": (got.count, _sum(want.own, now_ms)),
+            "recent": (got.recent, _sum(want.own, now_ms, HALF_LIFE_S / 10)),
+        }
         for other in got.near.keys() | want.near.keys():
             mass = _sum(want.near.get(other, []), now_ms)
             pairs[f"near {other:016x}"] = (got.near.get(other, 0.0), mass)
@@ -96,5 +99,7 @@ def compare(
     return differences
 
 
-def _sum(weights: Iterable[tuple[float, int]], now_ms: int) -> float:
-    return sum(w * 2.0 ** ((t - now_ms) / (1000.0 * HALF_LIFE_S)) for w, t in weights)
+def _sum(
+    weights: Iterable[tuple[float, int]], now_ms: int, half_life_s: float = HALF_LIFE_S
+) -> float:
+    return sum(w * 2.0 ** ((t - now_ms) / (1000.0 * half_life_s)) for w, t in weights)

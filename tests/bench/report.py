@@ -132,27 +132,27 @@ def _median(readings: Sequence[Reading], value: Callable[[Reading], float]) -> f
 def _where(repeats: int, command: str) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return (
-        f"Measured on {datetime.now(UTC):%Y-%m-%d} at commit {_commit()} with `{command}`; medians "
+        f"Measured on {datetime.now(UTC):%Y-%m-%d} at commit {commit()} with `{command}`; medians "
         f"of {repeats} repeats.\n\n"
-        f"Machine: {_cpu_model()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB, Linux "
+        f"Machine: {cpu_model()}, {os.cpu_count()} cores, {memory_gb():.0f} GB, Linux "
         f"{platform.release()}. Broker, Redis, worker and the producer of the load share them.\n\n"
         f"Python {platform.python_version()}, Apache Kafka {apache_kafka_version()}, {packages}."
     )
 
 
-def _commit() -> str:
+def commit() -> str:
     answer = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return answer.stdout.strip() or "(none yet)"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
 
 
-def _memory_gb() -> float:
+def memory_gb() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

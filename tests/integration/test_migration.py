@@ -22,6 +22,7 @@ from profiles.arithmetic import EventColumns, Layout
 from profiles.items import ItemStore, Origin
 from profiles.schema import ItemRecord, Keys, key64
 from profiles.store import ProfileStore
+from stream import metrics
 from stream.catalogue import Catalogue
 from stream.migration import Migrator
 from stream.swapping import open_space
@@ -143,6 +144,8 @@ def test_a_sweep_moves_everybody_once_and_leaves_the_expiry(
     told = progress(redis_client, Keys(namespace), new.engine.space)
     assert told is not None
     assert (told.moved, told.done) == (len(USERS), True)
+    assert metrics.REGISTRY.get_sample_value("penchant_sweep_moved") == len(USERS)
+    assert metrics.REGISTRY.get_sample_value("penchant_sweep_seen") == told.seen >= 2 * len(USERS)
     assert redis_client.ttl(Keys(namespace).profile("u0")) <= left_s
     wanted = new.resolve([key64("A-3")], {}).vectors[0]
     np.testing.assert_allclose(store.load(["u3"]).header["sums"][0, 0], wanted, atol=1e-5)
@@ -200,12 +203,23 @@ def test_a_reader_finds_profile_and_items_of_one_space_at_every_moment(
         new = open_release(build_turned_release(base, 2))
         assert [reader.nearest_items(user, 3) for user in USERS[:40]] == before
         swept = sweeper(redis_client, namespace, base, store, items, new)
+        move, halves = swept._move, set()
+
+        def read_between(users: list[str], catalogue: Catalogue) -> int:
+            moved = move(users, catalogue)
+            halves.update(spaces(store))
+            for user, found in zip(USERS, before, strict=False):
+                nearest = reader.nearest_items(user, 3)
+                assert [i.item_id for i in nearest] == [i.item_id for i in found]
+                assert nearest[0].cosine == pytest.approx(1, abs=1e-4)
+            return moved
+
+        swept._move = read_between  # type: ignore[method-assign]
+        moments = 0
         while not swept.sweep():
-            pass
-        for found, user in zip(before, USERS, strict=False):
-            nearest = reader.nearest_items(user, 3)
-            assert [i.item_id for i in nearest] == [i.item_id for i in found]
-            assert nearest[0].cosine == pytest.approx(1, abs=1e-4)
+            moments += 1
+        assert moments
+        assert len(halves) == 2  # it was read while some had moved and others had not
         items.drop_space(new.engine.space)
         reader._matrices.clear()
         with pytest.raises(SpaceMismatch):

@@ -93,14 +93,31 @@ def test_every_signal_is_what_it_is_defined_to_be(reader: Asked) -> None:
         assert (got.title, got.signals["next_interest"]) == (f"Title {item}", 0.0)
 
 
-def test_the_order_is_that_of_the_ranker(reader: Asked) -> None:
-    profile, found = reader.ask("get", "ann"), reader.ask("recommend", "ann", 500)
+def test_the_order_is_that_of_the_ranker(shop: tuple[str, str], reader: Asked) -> None:
+    rng = np.random.default_rng(5)
+    drawn = {
+        name: rng.normal(0.0, 0.3, shape).astype(np.float32)
+        for name, shape in ranking.SHAPES.items()
+    }
+    assert reader.ask("get", "ann").events == 4
+    assert_ranked_by(ranking.BY_HAND, reader)
+    with closing(Connection(shop[0]).open()) as client:
+        items = ItemStore(client, Keys(shop[1]), shop[0])
+        items.put_ranker(f"{SPACE:016x}", drawn)
+        try:
+            assert_ranked_by(drawn, reader)
+        finally:
+            items.put_ranker(f"{SPACE:016x}", None)
+
+
+def assert_ranked_by(weights: ranking.Weights, reader: Asked) -> None:
+    found = reader.ask("recommend", "ann", 500)
     signals = np.array([list(r.signals.values()) for r in found], np.float32)
-    counts = {item_id(2): 8.0, item_id(1): 3.0, item_id(9): 15.0}
-    events = np.log1p([counts.get(r.item_id, 0.0) for r in found]).astype(np.float32)
+    counts = {item_id(2): 8.0, item_id(1): 3.0, item_id(9): 15.0}  # all of now
+    days = {item_id(0): 1 / 24, item_id(1): 30 / 24, item_id(2): 0.0}
+    known = [[counts.get(r.item_id, 0.0)] * 2 + [days.get(r.item_id, 0.0)] for r in found]
     shopper = np.log1p(np.array([4.0, 3.0, np.expm1(0.25)])).astype(np.float32)
-    assert profile.events == 4
-    want = ranking.score(ranking.BY_HAND, signals, events, shopper)
+    want = ranking.score(weights, signals, np.log1p(known).astype(np.float32), shopper)
     np.testing.assert_allclose([r.score for r in found], want, rtol=1e-4)
     assert (np.diff(want) <= 1e-5).all()
     assert [r.item_id for r in reader.ask("recommend", "ann", 3)] == [r.item_id for r in found[:3]]

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from typer.testing import CliRunner, Result
 
 from model.errors import ReleaseCorrupt, ReleaseMissing
 from model.releases import Release, load_current, make_current, record_decision
+from profiles.schema import Keys
 from stream import releases_cli
 from stream.errors import UserError
 from stream.releases_cli import releases_app
@@ -118,3 +120,22 @@ def test_a_live_release_that_is_gone_can_be_replaced(base: Release, run: Run) ->
     assert "not there" in run("list").stdout
     run("promote", base.id)
     assert load_current(base.path.parent).id == base.id
+
+
+@pytest.mark.redis
+def test_the_sweep_into_the_live_space_is_told_where_redis_answers(
+    base: Release, run: Run, redis_url: str, namespace: str, redis_client: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("NAMESPACE", namespace)
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    assert answer(run("list", "--json"))["sweep"] is None
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    assert answer(run("list", "--json"))["sweep"] is None
+    fields = {"cursor": 7, "seen": 12_000, "moved": 1_100, "done": 0}
+    redis_client.hset(Keys(namespace).sweep(base.space), mapping=fields)
+    told = {"space": base.space, "seen": 12_000, "moved": 1_100, "done": False}
+    assert answer(run("list", "--json"))["sweep"] == told
+    assert f"sweep into {base.space}: going on, 12,000 profiles seen, 1,100 moved" in (
+        run("list").stdout
+    )

@@ -25,7 +25,7 @@ from stream.settings import (
     Settings,
     StreamSettings,
 )
-from stream.sweeper import progress
+from stream.sweeper import Progress, progress
 from stream.topics import create_topics
 from tests import oracle
 from tests.integration.shop_traffic import (
@@ -80,10 +80,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield starter
 
 
-def swept(settings: Settings, space: str) -> bool:
+def sweep_into(settings: Settings, space: str) -> Progress:
     with redis.Redis.from_url(settings.redis.url) as client:
         found = progress(client, Keys(settings.namespace), space)
-    return found is not None and found.done
+    return found or Progress(0, 0, done=False)
+
+
+def swept(settings: Settings, space: str) -> bool:
+    return sweep_into(settings, space).done
 
 
 def assert_all_right_in(settings: Settings, release: Release) -> dict[str, int]:
@@ -180,6 +184,9 @@ def swap_to(release: Release, worker: WorkerProcess) -> None:
 def test_ten_swaps_in_a_row_with_a_crash_in_the_middle_of_one(
     settings: Settings, base: Release, start: Start
 ) -> None:
+    # So slow that a kill finds the sweep at work: its one page takes seconds.
+    slow = settings.stream.model_copy(update={"sweep_per_s": 50.0})
+    settings = settings.model_copy(update={"stream": slow})
     chain = [base]
     for seed in range(10):
         chain.append(build_turned_release(chain[-1], seed))
@@ -188,9 +195,13 @@ def test_ten_swaps_in_a_row_with_a_crash_in_the_middle_of_one(
     eventually("events flow", lambda: worker.metric("penchant_events_applied") > 0)
     for release in chain[1:5]:
         swap_to(release, worker)
+    eventually("the sweeps are over", lambda: swept(settings, chain[4].space))
+    moved = worker.metric("penchant_profiles_migrated")
     make_current(chain[5])
-    eventually("profiles move", lambda: worker.metric("penchant_profiles_migrated") > 0)
+    eventually("the sweep moves some", lambda: sweep_into(settings, chain[5].space).moved > 0)
+    assert worker.metric("penchant_profiles_migrated") > moved
     worker.kill()
+    assert not swept(settings, chain[5].space)
     successor = start(settings, "bob").wait_ready()
     for release in chain[6:]:
         swap_to(release, successor)

@@ -19,7 +19,7 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
-from stream.archive import HOUR_MS, Archive, Folder
+from stream.archive import Archive, Folder
 from stream.local_stack import ApacheKafka
 from stream.processes import free_port
 from stream.settings import (
@@ -31,6 +31,7 @@ from stream.settings import (
     Settings,
     StreamSettings,
 )
+from stream.times import HOUR_MS
 from stream.topics import create_topics
 from tests.archived_events import records
 from tests.integration.worker_process import (

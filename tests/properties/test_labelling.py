@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model import training_rows as tr
 from model.windows import HELD_BACK, Labelled
 from profiles.arithmetic import FORGET
 from profiles.schema import EVENT_TYPES, TYPE_CODE
@@ -80,6 +81,7 @@ def test_labels_are_what_a_plain_reading_of_the_future_says(events: list[Row]) -
     out = labelled(archived(events))
     whole = labelled(archived(events), rules=dataclasses.replace(RULES, user_events=1_000))
     assert out.user == whole.user
+    targets = tr.find_targets(whole)
     for j in range(len(whole.user)):
         lo, hi = whole.start[j], whole.start[j + 1]
         kept = int(min(hi - lo, RULES.user_events))
@@ -87,8 +89,8 @@ def test_labels_are_what_a_plain_reading_of_the_future_says(events: list[Row]) -
         for i in range(lo, hi):
             later = [k for k in range(i + 1, hi) if whole.t_ms[k] > whole.t_ms[i]]
             following = [k for k in later if whole.weight[k] > 0 and whole.item[k] >= 0]
-            expected = whole.item[following[0]] if following else HELD_BACK
-            assert whole.next_item[i] == expected
+            first, stop = targets.first[i], targets.stop[i]
+            assert targets.item[first:stop][:1].tolist() == whole.item[following[:1]].tolist()
             for column, horizon_ms, wanted in (
                 (whole.purchase, HORIZON_MS, lambda k: whole.type[k] == PURCHASE),
                 (whole.returns, RETURNS_MS, lambda k: whole.type[k] != IMPRESSION),
@@ -96,7 +98,7 @@ def test_labels_are_what_a_plain_reading_of_the_future_says(events: list[Row]) -
                 near = any(wanted(k) and whole.t_ms[k] - whole.t_ms[i] <= horizon_ms for k in later)
                 passed = whole.t_ms[i] + horizon_ms < 40
                 assert column[i] == (int(near) if passed else HELD_BACK)
-        for name in ("item", "next_item", "purchase", "returns"):
+        for name in ("item", "purchase", "returns"):
             mine = getattr(out, name)[out.start[j] : out.start[j + 1]]
             assert (mine == getattr(whole, name)[hi - kept : hi]).all()
 

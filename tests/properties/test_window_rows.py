@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.trainer import window_inputs
+from model.training_data import window_inputs
 from profiles import arithmetic
 from profiles.arithmetic import EventColumns, Floats, Layout
 from profiles.schema import EVENT_TYPES, WINDOW_ENTRY, key64

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 from profiles.schema import EVENT_TYPES
 from stream import events as ev
-from stream.archive import HOUR_MS, Archive, Folder, Segment, archived, open_store, parse_name
+from stream.archive import Archive, Folder, Segment, archived, open_store, parse_name
 from stream.cli import app
 from stream.contributions import DEFAULT_WEIGHTS
 from stream.errors import UserError
 from stream.labelling import Rules, label
+from stream.times import DAY_MS, HOUR_MS
 from tests.archived_events import T0_MS, parsed, records, write
 
-DAY_MS = 24 * HOUR_MS
 N = 300
 
 

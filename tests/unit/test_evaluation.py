@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from model import baselines
 from model.prequential import NO_ITEM, Events
+from model.projection import Projection
 from model.whole_profile import Foretold, WholeProfile
 from profiles.schema import EVENT_TYPES
 from stream import evaluation
@@ -25,12 +28,13 @@ from stream.evaluation import (
     by_last_item,
     counters,
     counters_of_order,
+    evaluate,
     in_event_time,
     steps_of_text,
     untrained_text,
     with_text,
 )
-from stream.evaluation_data import Recorded, recorded
+from stream.evaluation_data import Encoded, Recorded, recorded
 from stream.evaluation_view import as_json, plain, render
 
 ITEMS, USERS, DAYS, DAY_MS = 30, 25, 16, 86_400_000
@@ -236,3 +240,56 @@ def test_what_heads_said_is_held_against_what_came_of_it() -> None:
     assert (head.name, head.auc.value, head.calibration_error) == ("purchase", 1.0, 0.0)
     assert head.events == pytest.approx(hours - week, abs=1)
     assert head.positive == pytest.approx(week / (hours - week), rel=0.01)
+
+
+def test_of_many_baskets_some_are_drawn_and_all_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = shop()
+    monkeypatch.setattr(evaluation, "_MOST_RANKINGS", 60)
+    told = []
+
+    class Told(baselines.Popular):
+        def update(self, events: Events) -> None:
+            told.append(len(events))
+            super().update(events)
+
+    report = in_event_time(data, {"popular": lambda: Told(ITEMS)})
+    assert report.sections[0].targets == 60
+    assert f"before 60 of {RANKED} baskets" in report.protocol
+    assert sum(told) == len(data.events)
+
+
+def texts_of(data: Recorded) -> Encoded:
+    rng = np.random.default_rng(2)
+    features = rng.normal(size=(len(data.item_ids), 8)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    projection = Projection(np.zeros(8, np.float32), np.eye(8, dtype=np.float32))
+    return Encoded(features, features, projection)
+
+
+def test_the_whole_profile_and_its_twins_stand_beside_all_baselines(tmp_path: Path) -> None:
+    data = shop()
+    weekly = replace(data, events=replace(data.events, t_ms=data.events.t_ms * 7))
+    report = evaluate(weekly, texts_of(data), {"more": lambda: baselines.Popular(ITEMS)}, tmp_path)
+    names = [row.name for row in report.sections[0].rows]
+    assert names[-6:] == [
+        "more",
+        "whole profile, frozen",
+        "whole profile, encoder frozen",
+        "whole profile, learning",
+        "its next interest alone, frozen",
+        "its next interest alone, learning",
+    ]
+    assert set(counters(data)) < set(names)
+    # Three trainings in 16 weeks, and 25 users are too few for the gate.
+    assert report.timeline is not None
+    assert (len(report.timeline.swaps_ms), len(report.timeline.rejections_ms)) == (0, 3)
+
+
+def test_where_only_the_order_is_real_the_whole_profile_is_fitted_once(tmp_path: Path) -> None:
+    data = shop()
+    new_at_last = data.events.t_ms < (DAYS - 1) * DAY_MS
+    data = replace(data, events=data.events.take(new_at_last), only_order=True)
+    report = evaluate(data, texts_of(data), {}, tmp_path)
+    masked = {row.name: row for row in report.sections[0].rows}
+    once = masked["whole profile, fitted once"].metrics["mrr"].value
+    assert once > 0.5 > masked["popular"].metrics["mrr"].value

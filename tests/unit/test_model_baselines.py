@@ -8,6 +8,7 @@ import pytest
 from model.baselines import (
     MOST_ITEMS,
     Blend,
+    FadingNeighbours,
     ItemNeighbours,
     LastBasket,
     OwnFrequency,
@@ -100,6 +101,33 @@ def test_last_item_knows_one_item() -> None:
     assert scores(last, user=1)[2] == 0 < scores(both, user=1)[2]
 
 
+def test_fading_neighbours_take_an_instant_as_one_step() -> None:
+    told = log((0, 0, 0), (1, 0, 1), (2, 0, 2))
+    invoice, one_by_one = log((3, 1, 0), (3, 1, 1)), log((3, 1, 1), (4, 1, 0))
+    found = []
+    for own in (invoice, one_by_one):
+        near = FadingNeighbours(3, half_life_ms=np.inf, decay=0.5)
+        near.update(told)
+        near.update(own)
+        found.append(scores(near, user=1)[2])
+    # Counts 2, 2, 1; pairs 0->2 of weight 1/2 and 1->2 of weight 1.
+    assert found[0] == pytest.approx((0.5 + 1.0) * 3**-0.5 * 2**-0.3)
+    assert found[1] == pytest.approx((0.5 + 0.5 * 1.0) * 3**-0.5 * 2**-0.3)
+
+
+def test_pairs_and_counts_fade_and_stay_exact_for_a_hundred_half_lives() -> None:
+    near = FadingNeighbours(3, half_life_ms=10.0)
+    near.update(log((0, 0, 0), (0, 0, 1)))
+    near.update(log((10, 1, 0)))
+    # A pair of 1/2 there and .7/2 back; counts 1.5 and .5.
+    assert scores(near, user=1)[1] == pytest.approx(0.5 * 2.5**-0.5 * 1.5**-0.3)
+    for t in range(100, 1_010, 10):
+        near.update(log((t, 2, 2)))
+    near.update(log((1_010, 3, 0), (1_010, 3, 1)))
+    near.update(log((1_010, 4, 0)))
+    assert scores(near, user=4)[1] == pytest.approx(1.0 * 3.0**-0.5 * 2.0**-0.3, rel=1e-4)
+
+
 VECTORS = np.eye(3, dtype=np.float32)
 
 
@@ -137,6 +165,7 @@ def test_what_says_nothing_of_an_item_changes_no_baseline() -> None:
         lambda: OwnFrequency(3),
         lambda: LastBasket(3),
         lambda: ItemNeighbours(3),
+        lambda: FadingNeighbours(3),
         lambda: TextSteps(VECTORS, 1, decay=0.7),
         lambda: TextProfile(VECTORS, 1),
     )
@@ -171,7 +200,7 @@ def test_baskets_are_instants_of_a_user_with_every_item_once() -> None:
     assert found == [(0, 1, [1, 2]), (0, 3, [4]), (1, 1, [5])]
 
 
-@pytest.mark.parametrize("make", [LastBasket, ItemNeighbours])
+@pytest.mark.parametrize("make", [LastBasket, ItemNeighbours, FadingNeighbours])
 def test_a_catalogue_too_large_for_dense_pairs_is_refused(make: type) -> None:
     with pytest.raises(ValueError, match="at most 30000"):
         make(MOST_ITEMS + 1)

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from model import gate
-from model.comparison import Contender, compare
+from model import training_rows as tr
+from model.candidate import Candidate
+from model.comparison import Contender, compare, weight_norms
 from model.gate import Comparison
-from model.trainer import Candidate
-from tests.learnable_shop import base, catalogue, circle, trained
+from model.projection import unit_rows
+from model.training_data import decayed_interests
+from profiles import arithmetic
+from profiles.arithmetic import EventColumns, Layout
+from tests.learnable_shop import DIMENSIONS, base, catalogue, circle, trained
+
+HALF_LIVES_S = (1_800.0, 86_400.0, 2_592_000.0)
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +25,7 @@ def candidate(tmp_path_factory: pytest.TempPathFactory) -> Candidate:
     return trained(tmp_path_factory.mktemp("candidate"))
 
 
-def _compare(current: Contender, other: Contender, of: Candidate, **options: float) -> Comparison:
+def _compare(current: Contender, other: Contender, of: Candidate, **options: Any) -> Comparison:
     return compare(
         circle(),
         current,
@@ -25,7 +33,8 @@ def _compare(current: Contender, other: Contender, of: Candidate, **options: flo
         cut_ms=of.metrics["cut_ms"],
         item_events=of.counts,
         events=8,
-        **options,  # type: ignore[arg-type]
+        half_lives_s=HALF_LIVES_S,
+        **options,
     )
 
 
@@ -38,14 +47,14 @@ def test_who_knows_what_comes_next_is_accepted_and_who_does_not_is_rejected(
     text = Contender(base(shop).vectors(shop))
     better = compare(
         circle(), text, learned, cut_ms=candidate.metrics["cut_ms"],
-        item_events=np.full(60, 100), events=8,
+        item_events=np.full(60, 100), events=8, half_lives_s=HALF_LIVES_S,
     )  # fmt: skip
     assert better.newest.candidate > better.newest.current + 0.1
     assert better.newest.low > 0
     assert gate.decide(better, gate.Bounds(least_count=10)).accepted
     worse = compare(
         circle(), learned, text, cut_ms=candidate.metrics["cut_ms"],
-        item_events=np.full(60, 100), events=8,
+        item_events=np.full(60, 100), events=8, half_lives_s=HALF_LIVES_S,
     )  # fmt: skip
     refused = gate.decide(worse, gate.Bounds(least_count=10))
     assert not refused.accepted
@@ -84,3 +93,82 @@ def test_the_same_seed_draws_the_same_windows(candidate: Candidate) -> None:
     one, other = (_compare(same, same, candidate, most=20, seed=3) for _ in range(2))
     assert one == other
     assert one.newest.count <= 20
+
+
+def test_what_readers_rank_by_must_not_fall_whatever_the_window_encoder_does() -> None:
+    rng = np.random.default_rng(0)
+    angle = 2 * np.pi * np.arange(60) / 60
+    beside = np.stack([np.cos(angle), np.sin(angle)], axis=1)  # the next item is the nearest
+    beside = unit_rows(np.concatenate([beside, 0.1 * rng.normal(size=(60, 14))], axis=1))
+    anywhere = unit_rows(rng.normal(size=(60, 16)))
+    windows = circle(items=60, users=120)
+    found = compare(
+        windows, Contender(beside), Contender(anywhere),
+        cut_ms=int(np.quantile(windows.t_ms, 0.9)), item_events=np.full(60, 100), events=8,
+        half_lives_s=HALF_LIVES_S,
+    )  # fmt: skip
+    (served,) = found.served
+    assert served.current > 0.9 > 0.7 > served.candidate
+    better = replace(found.newest, candidate=1.0, low=0.5, high=0.7)
+    decision = gate.decide(replace(found, newest=better, older=(), slices=()))
+    assert [reason.partition(":")[0] for reason in decision.reasons] == [
+        "served recall@20 by decayed interests"
+    ]
+
+
+def test_decayed_interests_are_those_of_the_profile_arithmetic() -> None:
+    windows, vectors = circle(users=3), base(catalogue()).vectors(catalogue())
+    at = np.arange(windows.start[1], windows.start[1] + 7)
+    windows.weight[at] = (1, 0.2, -0.4, 0, 1, 0.6, 1)
+    layout = Layout(DIMENSIONS, half_lives_s=HALF_LIVES_S)
+    profiles = arithmetic.unpack([None], [None], layout)
+    m = len(at)
+    events = EventColumns(
+        row=np.zeros(m, dtype=np.int64),
+        source=np.ones(m, dtype=np.uint64),
+        offset=np.arange(m),
+        event=np.zeros(m, dtype=np.uint64),
+        t_ms=windows.t_ms[at],
+        type=windows.type[at],
+        weight=windows.weight[at],
+        item=windows.item[at].astype(np.uint64) + 1,
+        category=np.zeros(m, dtype=np.uint64),
+        vector=vectors[windows.item[at]],
+        resolved=np.ones(m, dtype=bool),
+        text=np.zeros(m, dtype=bool),
+        spend=np.zeros(m),
+        foreign=np.zeros(m, dtype=bool),
+    )
+    arithmetic.fold(profiles, events, layout, 1)
+    expected = arithmetic.unit(profiles.header["sums"][0])
+    found = decayed_interests(windows, int(at[-1]), vectors, HALF_LIVES_S)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_those_who_said_when_to_stop_do_not_judge(candidate: Candidate) -> None:
+    windows = circle()
+    owner = tr.owners(windows)
+    stops = tr.stopping(windows)
+    assert 0.3 < stops.mean() < 0.7
+    targets = tr.find_targets(windows)
+    asked = tr.asked_at(windows) & targets.since(candidate.metrics["cut_ms"])
+    same = Contender.of(candidate)
+    assert _compare(same, same, candidate).newest.count == (asked & ~stops[owner]).sum()
+    assert candidate.metrics["newest"]["windows"] == (asked & stops[owner]).sum()
+
+
+def test_lengths_of_weights_are_compared_with_what_was_trained_before(
+    candidate: Candidate,
+) -> None:
+    assert weight_norms(None, candidate) == {}
+    same = weight_norms(candidate, candidate)
+    assert set(same) == {"the projection", "the window encoder", "the heads"}
+    assert all(before == after > 0 for before, after in same.values())
+    grown = replace(
+        candidate, projection=replace(candidate.projection, matrix=5 * candidate.projection.matrix)
+    )
+    found = _compare(
+        Contender.of(candidate), Contender.of(grown), candidate,
+        norms=weight_norms(candidate, grown),
+    )  # fmt: skip
+    assert any("norm of the projection" in reason for reason in gate.decide(found).reasons)

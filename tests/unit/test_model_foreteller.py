@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from model.foreteller import Foreteller
-from model.trainer import Candidate, window_inputs
+from model.trainer import Candidate
+from model.training_data import window_inputs
 from tests.learnable_shop import circle, trained
 
 

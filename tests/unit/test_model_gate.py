@@ -44,7 +44,7 @@ def test_the_margin_counts_beyond_noise() -> None:
     assert reasons(BETTER, Bounds(margin=0.041))
 
 
-@pytest.mark.parametrize("part", ["older", "heads", "slices", "calibration"])
+@pytest.mark.parametrize("part", ["older", "heads", "slices", "served", "calibration"])
 def test_a_loss_beyond_tolerance_and_noise_is_refused_wherever_it_is(part: str) -> None:
     bad = figure("here", 0.30, 0.25)
     (reason,) = reasons(replace(BETTER, **{part: (bad, figure("there", 0.3, 0.3))}))

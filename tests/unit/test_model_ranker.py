@@ -16,6 +16,7 @@ from model.ranker import (
     load_weights,
     save_weights,
     score,
+    thinned,
 )
 from profiles import ranking
 
@@ -27,7 +28,7 @@ def inputs(n: int, items: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nd
     signals = np.concatenate([cosines, counts], axis=2)
     return (
         signals.astype(np.float32),
-        np.log1p(rng.integers(0, 500, (n, items))).astype(np.float32),
+        np.log1p(rng.integers(0, 500, (n, items, 3))).astype(np.float32),
         rng.uniform(0, 5, (n, 3)).astype(np.float32),
     )
 
@@ -56,10 +57,14 @@ def test_readers_and_trainer_mean_the_same_weights() -> None:
     assert ranking.from_fields({**fields, b"knee": b""}) is ranking.BY_HAND
 
 
+def without_layer(weights: Weights) -> Weights:
+    return weights | {"mix_out": np.zeros_like(weights["mix_out"])}
+
+
 @settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), signal=st.integers(0, 3))
-def test_more_of_a_signal_never_lowers_a_score(seed: int, signal: int) -> None:
-    weights, (signals, counts, shopper) = random_weights(seed), inputs(2, 9, seed)
+def test_more_of_a_signal_never_lowers_a_score_of_the_gates(seed: int, signal: int) -> None:
+    weights, (signals, counts, shopper) = without_layer(random_weights(seed)), inputs(2, 9, seed)
     signals[..., 3] += 0.01  # had before: that alone may count against an item
     more = signals.copy()
     more[..., signal] += 0.5
@@ -94,7 +99,7 @@ def planted(n: int, seed: int) -> Cases:
 
 
 def found(weights: Weights, cases: Cases) -> float:
-    scores = score(weights, cases.signals, cases.item_log_events, cases.shopper)
+    scores = score(weights, cases.signals, cases.items, cases.shopper)
     return float((scores.argmax(axis=1) == cases.target.argmax(axis=1)).mean())
 
 
@@ -120,13 +125,52 @@ def of_two_minds(n: int, seed: int) -> Cases:
 def test_items_that_are_new_to_a_shopper_have_weights_of_their_own() -> None:
     learned = fit(of_two_minds(600, seed=1))
     unseen = of_two_minds(300, seed=2)
-    scores = score(learned, unseen.signals, unseen.item_log_events, unseen.shopper)
+    scores = score(learned, unseen.signals, unseen.items, unseen.shopper)
     had = unseen.signals[..., 3] > 0
     for kind in (had, ~had):  # best of either kind is what may come next
         asked = (unseen.target > 0)[kind.nonzero()].any() and (unseen.target * kind).any(axis=1)
         best = np.where(kind, scores, -np.inf).argmax(axis=1)
         right = best[asked] == unseen.target[asked].argmax(axis=1)
         assert right.mean() > 0.8
+
+
+def agreeing(n: int, seed: int) -> Cases:
+    """What comes next is high in two signals at once, and never only in one."""
+    signals, items, shopper = inputs(n, 30, seed)
+    signals[..., 3] = 0.0
+    both = np.minimum(signals[..., 0], signals[..., 1])
+    target = (np.arange(30) == both.argmax(axis=1)[:, None]).astype(np.float32)
+    return whole(signals, items, np.zeros_like(shopper), target)
+
+
+def test_it_learns_that_signals_agree() -> None:
+    unseen = agreeing(300, seed=2)
+    learned = fit(agreeing(1_500, seed=1))
+    assert found(learned, unseen) > found(without_layer(learned), unseen) + 0.1
+
+
+def test_thinned_cases_keep_targets_and_say_what_chance_the_others_had() -> None:
+    full = planted(40, seed=1)
+    thin = thinned(full, 0, top=2, others=8)
+    assert thin.target.shape == (40, 20)
+    np.testing.assert_array_equal(thin.target.sum(axis=1), full.target.sum(axis=1))
+    for row in range(40):
+        drawn = thin.log_chance[row] < 0
+        highest = np.sort(full.signals[row, :, 1])[-2:]
+        np.testing.assert_array_equal(np.sort(thin.signals[row, :, 1])[-2:], highest)
+        outside = 30 - (~drawn).sum()
+        np.testing.assert_allclose(
+            np.exp(thin.log_chance[row][drawn]), drawn.sum() / outside, rtol=1e-5
+        )
+    again = thinned(full, 0, top=2, others=8)
+    np.testing.assert_array_equal(again.signals, thin.signals)
+    assert thinned(full, 0, top=30, others=8) is full
+
+
+def test_a_ranker_of_thinned_cases_ranks_as_one_of_whole_catalogues() -> None:
+    unseen = planted(300, seed=2)
+    thin = found(fit(thinned(planted(600, seed=1), 0, top=2, others=6)), unseen)
+    assert thin == pytest.approx(found(fit(planted(600, seed=1)), unseen), abs=0.08)
 
 
 def text_only(log_chance: float) -> float:
@@ -144,7 +188,7 @@ def text_only(log_chance: float) -> float:
     chances = np.zeros((1500, 12), dtype=np.float32)
     chances[:, 6:] = log_chance
     wanted = (chosen == target[:, None]).astype(np.float32)
-    usual = np.full((1500, 12), 3.0, dtype=np.float32)
+    usual = np.tile(np.float32([3.0, 1.0, 0.0]), (1500, 12, 1))
     nobody = np.zeros((1500, 3), dtype=np.float32)
     weights = fit(Cases(signals, usual, nobody, wanted, chances), epochs=12)
     return float(np.logaddexp(0, weights["gate"][0, 1]))

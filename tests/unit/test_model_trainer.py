@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -10,17 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model import training_rows as tr
 from model.errors import NothingToLearn, PackageMissing, WeightsUnavailable
 from model.projection import unit_rows
-from model.trainer import (
-    Base,
-    Candidate,
-    Catalogue,
-    TrainSettings,
-    learning_rate,
-    train,
-    window_inputs,
-)
+from model.trainer import Base, Candidate, Catalogue, TrainSettings, learning_rate, train
+from model.training_data import Floats, Ints, next_interests
+from model.windows import Labelled
 from tests.learnable_shop import (
     DAY_MS,
     DIMENSIONS,
@@ -39,6 +35,12 @@ def candidate(tmp_path_factory: pytest.TempPathFactory) -> Candidate:
     return trained(tmp_path_factory.mktemp("candidate"))
 
 
+def scores_after(found: Candidate, windows: Labelled, ends: Ints) -> Floats:
+    """(k, n) cosines of all items to the next interests after events `ends` (k,)."""
+    events = found.window.shape.events
+    return next_interests(windows, ends, found.vectors, found.window, events) @ found.vectors.T
+
+
 def test_the_planted_pattern_is_learned(candidate: Candidate) -> None:
     newest = candidate.metrics["newest"]
     assert newest["mrr"] > 0.9
@@ -50,8 +52,7 @@ def test_what_comes_next_is_nearest_to_the_next_interest(candidate: Candidate) -
     windows = circle()
     ends = np.flatnonzero(windows.t_ms >= candidate.metrics["cut_ms"])
     assert 0 < len(ends) < 0.12 * len(windows)
-    inputs = window_inputs(windows, ends, candidate.vectors, candidate.window.shape.events)
-    nearest = (candidate.window.encode(*inputs) @ candidate.vectors.T).argmax(axis=1)
+    nearest = scores_after(candidate, windows, ends).argmax(axis=1)
     assert (nearest == (windows.item[ends] + 1) % 12).mean() > 0.9
 
 
@@ -64,7 +65,7 @@ def test_a_head_without_labels_is_left_out_of_judgement(candidate: Candidate) ->
     assert "NaN" not in (candidate.path / "metrics.json").read_text()
 
 
-def test_the_folder_holds_the_candidate(candidate: Candidate) -> None:
+def test_the_folder_holds_the_candidate(candidate: Candidate, tmp_path: Path) -> None:
     loaded = Candidate.load(candidate.path)
     np.testing.assert_array_equal(loaded.vectors, candidate.vectors)
     assert loaded.item_ids == candidate.item_ids
@@ -73,6 +74,11 @@ def test_the_folder_holds_the_candidate(candidate: Candidate) -> None:
     np.testing.assert_allclose(unit_rows(text + loaded.residual), loaded.vectors, atol=1e-4)
     with pytest.raises(WeightsUnavailable, match="train again"):
         Candidate.load(candidate.path / "nowhere")
+    cut = tmp_path / "cut"
+    shutil.copytree(candidate.path, cut)
+    (cut / "items.safetensors").write_bytes((cut / "items.safetensors").read_bytes()[:99])
+    with pytest.raises(WeightsUnavailable, match="train again"):
+        Candidate.load(cut)
 
 
 def test_the_same_seed_gives_the_same_weights(candidate: Candidate, tmp_path: Path) -> None:
@@ -110,26 +116,57 @@ def test_the_compatibility_term_keeps_vectors_near_the_base(
     assert near.metrics["cosine_to_base"] > candidate.metrics["cosine_to_base"] + 0.1
 
 
-@pytest.mark.parametrize("option", [{"full_below": 0}, {"hard_negatives": 3}, {"accumulate": 3}])
-def test_each_way_of_training_learns(option: dict[str, int], tmp_path: Path) -> None:
-    settings = replace(SMALL, negatives=6, **option)
-    assert trained(tmp_path, settings).metrics["newest"]["mrr"] > 0.8
+@pytest.mark.parametrize("option", [{"full_below": 0}, {"hard_negatives": 3}])
+def test_other_negatives_are_other_losses_and_teach_as_well(
+    option: dict[str, int], candidate: Candidate, tmp_path: Path
+) -> None:
+    found = trained(tmp_path, replace(SMALL, negatives=6, **option)).metrics
+    assert found["newest"]["mrr"] > 0.8
+    more = found["first_loss"] - candidate.metrics["first_loss"]
+    # Hard negatives come on top of all items; a sample is fewer.
+    assert more > 0.1 if "hard_negatives" in option else more < -0.1
 
 
-def test_older_windows_are_replayed(tmp_path: Path) -> None:
+def test_accumulated_batches_are_one_step(candidate: Candidate, tmp_path: Path) -> None:
+    found = trained(tmp_path, replace(SMALL, accumulate=3, epochs=10)).metrics
+    each = candidate.metrics["steps"] / candidate.metrics["epochs"]
+    assert found["steps"] / found["epochs"] == pytest.approx(-(-each // 3))
+    assert found["newest"]["mrr"] > 0.8
+
+
+def test_replay_keeps_what_older_windows_taught(candidate: Candidate, tmp_path: Path) -> None:
+    """The newest shoppers go back and forth between two items; the older went round."""
     item = np.tile(np.array([0, 1]), (40, 5))
     t_ms = np.tile(np.arange(10) * DAY_MS, (40, 1))
+    shop, older = catalogue(), circle()
+    before = Base(candidate.projection, candidate)
+    ends = np.flatnonzero(tr.find_targets(older).first < tr.find_targets(older).stop)
+
+    def remembered(folder: Path, share: float) -> float:
+        settings = replace(SMALL, epochs=4, replay_share=share)
+        after = train(labelled(item, t_ms), shop, before, TYPES, folder, settings, replay=older)
+        nearest = scores_after(after, older, ends).argmax(axis=1)
+        return float((nearest == (older.item[ends] + 1) % 12).mean())
+
+    forgetful, mindful = remembered(tmp_path / "a", 0.0), remembered(tmp_path / "b", 1.0)
+    assert mindful > forgetful + 0.3
+
+
+@pytest.mark.parametrize(("worthy", "cheap"), [(1, 2), (2, 1)])
+def test_what_a_target_is_worth_decides_between_equals(
+    worthy: int, cheap: int, tmp_path: Path
+) -> None:
+    """After item 0 half go to item 1 and half to item 2, and one of them is worth five times as
+    much as the other."""
+    after = np.random.default_rng(0).permuted(np.tile([1, 2], (60, 3)), axis=1)
+    item = np.stack([np.zeros_like(after), after], axis=2).reshape(60, 12)
+    windows = labelled(item, np.tile(np.arange(12) * DAY_MS, (60, 1)))
+    windows.weight[windows.item == cheap] = 0.2
     shop = catalogue()
-    candidate = train(
-        labelled(item, t_ms),
-        shop,
-        base(shop),
-        TYPES,
-        tmp_path,
-        replace(SMALL, epochs=1),
-        replay=circle(),
-    )
-    assert (candidate.counts > 0).all()
+    found = train(windows, shop, base(shop), TYPES, tmp_path, replace(SMALL, epochs=8))
+    ends = np.arange(0, len(windows), 12)
+    scores = scores_after(found, windows, ends)
+    assert (scores[:, worthy] > scores[:, cheap]).all()
 
 
 def _train_and_die(folder: Path, step: int) -> None:
@@ -221,6 +258,19 @@ def test_nothing_to_learn_from_says_what_would_help(tmp_path: Path) -> None:
     empty = Catalogue([], np.zeros((0, 24), dtype=np.float32))
     with pytest.raises(NothingToLearn, match="catalogue is empty"):
         train(circle(), empty, base(shop), TYPES, tmp_path, SMALL)
+
+
+def test_logs_hold_losses_of_all_steps_and_a_figure_of_each_epoch(tmp_path: Path) -> None:
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = trained(tmp_path / "candidate", tensorboard=tmp_path / "logs").metrics
+    logs = board.EventAccumulator(str(tmp_path / "logs"))
+    logs.Reload()
+    losses = [event.value for event in logs.Scalars("train/loss")]
+    assert len(losses) == found["steps"]
+    assert np.mean(losses[-20:]) == pytest.approx(found["last_loss"], rel=1e-4)
+    figures = [event.value for event in logs.Scalars("newest/ndcg@20")]
+    assert len(figures) == found["epochs"]
+    assert max(figures) == pytest.approx(found["newest"]["ndcg@20"], rel=1e-4)
 
 
 def test_logs_without_tensorboard_say_what_to_install(

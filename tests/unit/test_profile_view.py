@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stream.cli import _plain
 from stream.profile_view import _cell, printable
+from stream.terminal import plain
 
 
 def test_control_characters_are_shown_in_words() -> None:
@@ -12,5 +12,5 @@ def test_control_characters_are_shown_in_words() -> None:
 
 
 def test_dead_letters_and_profile_cells_cannot_move_the_cursor() -> None:
-    assert "\x1b" not in _plain("x\x1b[2J")
+    assert "\x1b" not in plain("x\x1b[2J")
     assert "\x1b" not in _cell("x\x1b[2J").plain

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from model import training_rows as tr
 from model.foreteller import Foreteller
 from model.heads import Heads
-from model.trainer import window_inputs
+from model.training_data import window_inputs
 from model.window_encoder import WindowEncoder, WindowShape
 from model.windows import Labelled
+from profiles.arithmetic import Floats
 from profiles.schema import EVENT_TYPES
 from stream import ranker_learning
-from stream.ranker_cases import Timed, make_cases
+from stream.ranker_cases import Timed, make_cases, of_release
 from stream.ranker_learning import fit_ranker
 from tests import neighbour_oracle
 from tests.oracle import Event
@@ -44,8 +46,6 @@ def shop(events: int, users: int = USERS, seed: int = 1) -> Labelled:
         type=np.zeros(n, np.uint8),
         t_ms=t_ms,
         weight=weight,
-        next_item=none.astype(np.int32),
-        next_type=none,
         purchase=none,
         returns=none,
     )
@@ -53,7 +53,7 @@ def shop(events: int, users: int = USERS, seed: int = 1) -> Labelled:
 
 def history(windows: Labelled, before_ms: int) -> list[Event]:
     """All events before a time, as the oracle takes them; the key of item i is i + 1."""
-    owner = windows.owner()
+    owner = tr.owners(windows)
     order = np.argsort(windows.t_ms, kind="stable")
     return [
         Event(
@@ -73,8 +73,12 @@ def test_a_case_has_the_signals_of_the_stream_before_it() -> None:
         tallies = neighbour_oracle.fold(history(windows, t_ms))
         now_ms = max(t for tally in tallies.values() for _, t in tally.own)
 
-        def mass(weights: list[tuple[float, int]], now_ms: int = now_ms) -> float:
-            return sum(w * 2.0 ** ((t - now_ms) / (1000 * HALF_LIVES_S[-1])) for w, t in weights)
+        def mass(
+            weights: list[tuple[float, int]],
+            now_ms: int = now_ms,
+            half_life_s: float = HALF_LIVES_S[-1],
+        ) -> float:
+            return sum(w * 2.0 ** ((t - now_ms) / (1000 * half_life_s)) for w, t in weights)
 
         count = {k: mass(tally.own) for k, tally in tallies.items()}
         first = int(windows.start[user])
@@ -90,8 +94,12 @@ def test_a_case_has_the_signals_of_the_stream_before_it() -> None:
             want[key] /= (count.get(key, 0.0) + 1) ** 0.3
         got = timed.cases.signals[row]
         np.testing.assert_allclose(got[:, 2], want[1:], rtol=1e-4, atol=1e-6)
+        items = timed.cases.items[row]
         logs = [np.log1p(count.get(key, 0.0)) for key in range(1, ITEMS + 1)]
-        np.testing.assert_allclose(timed.cases.item_log_events[row], logs, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(items[:, 0], logs, rtol=1e-4, atol=1e-6)
+        recent = {k: mass(tally.own, half_life_s=259_200.0) for k, tally in tallies.items()}
+        logs = [np.log1p(recent.get(key, 0.0)) for key in range(1, ITEMS + 1)]
+        np.testing.assert_allclose(items[:, 1], logs, rtol=1e-4, atol=1e-6)
         own = np.zeros(ITEMS)
         for age, i in enumerate(reversed(mine.tolist())):  # every event an instant of its own
             own[windows.item[i]] += 0.9**age
@@ -100,6 +108,10 @@ def test_a_case_has_the_signals_of_the_stream_before_it() -> None:
         later = np.arange(end + 1, first + 8)
         good = later[(windows.weight[later] > 0) & (windows.item[later] >= 0)]
         assert np.flatnonzero(timed.cases.target[row]).tolist() == [windows.item[good[0]]]
+        days = np.zeros(ITEMS)  # since the shopper had an item, when they are back
+        for i in mine.tolist():
+            days[windows.item[i]] = (windows.t_ms[good[0]] - windows.t_ms[i]) / DAY_MS
+        np.testing.assert_allclose(items[:, 2], np.log1p(days), rtol=1e-5)
 
 
 def foreteller(seed: int = 1) -> Foreteller:
@@ -121,6 +133,22 @@ def test_the_next_interest_of_a_case_is_of_the_window_that_its_profile_had() -> 
         want = VECTORS @ told(*rows).next_interest[0]
         np.testing.assert_allclose(timed.cases.signals[row, :, 0], want, atol=1e-5)
     assert np.abs(timed.cases.signals[:, :, 0]).max() > 0.1
+
+
+def test_the_cases_of_another_release_are_those_that_its_own_vectors_and_networks_make() -> None:
+    windows, other = shop(events=12), VECTORS[::-1].copy()
+
+    def made(vectors: Floats, seed: int) -> Timed:
+        return make_cases(
+            windows, vectors, HALF_LIVES_S, cut_ms=T0_MS + 6 * DAY_MS, foreteller=foreteller(seed)
+        )
+
+    mine, want = made(VECTORS, seed=1), made(other, seed=2)
+    got = of_release(mine, windows, other, HALF_LIVES_S, foreteller=foreteller(2))
+    np.testing.assert_array_equal(got.cases.signals, want.cases.signals)
+    assert np.abs(got.cases.signals - mine.cases.signals)[..., :2].max(axis=(0, 1)).min() > 0.1
+    silent = of_release(mine, windows, other, HALF_LIVES_S)
+    assert (silent.cases.signals[..., 0] == 0).all()
 
 
 def test_no_case_knows_what_came_after_it() -> None:
@@ -152,12 +180,12 @@ def planted(n: int, seed: int = 0) -> Timed:
     cases = replace(
         timed.cases,
         signals=signals,
-        item_log_events=np.full((n, items), 3.0, np.float32),
+        items=np.tile(np.float32([3.0, 1.0, 0.0]), (n, items, 1)),
         shopper=np.zeros((n, 3), np.float32),
         target=target,
         log_chance=np.zeros((n, items), np.float32),
     )
-    return Timed(cases, np.arange(n), np.arange(n))
+    return Timed(cases, np.arange(n), np.arange(n), np.arange(n))
 
 
 def test_a_ranker_is_kept_where_it_is_better_beyond_noise() -> None:

@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 from profiles.schema import EVENT_TYPES
 from stream import events as ev
 from stream.cli import app
-from stream.simulated_shop import DAY_MS, GUEST, K, Shop, Spec
+from stream.simulated_shop import GUEST, K, Shop, Spec
 from stream.simulated_words import LABELS, NOUNS, TOPICS
 from stream.simulation import Events, Simulated, TruthFile, items, user_id, write_lines
+from stream.times import DAY_MS
 
 SPEC = Spec(
     shoppers=150,

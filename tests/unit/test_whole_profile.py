@@ -11,14 +11,15 @@ from model.baselines import DAY_MS
 from model.evaluate import metric
 from model.prequential import Events, Ranked, prequential
 from model.projection import Projection
+from model.ranker import first_weights
 from model.trainer import Base, Catalogue, TrainSettings
 from model.whole_profile import Schedule, WholeProfile
 from profiles.schema import EVENT_TYPES
 from stream.evaluation_data import Recorded, windows_of
 
-ITEMS, USERS, DAYS, WIDTH = 24, 20, 24, 8
+ITEMS, USERS, DAYS, WIDTH = 24, 120, 24, 8
 SCHEDULE = Schedule(every_ms=6 * DAY_MS, first_epochs=6, epochs=1, newest_ms=12 * DAY_MS)
-SETTINGS = TrainSettings(events=8, batch_events=64, warmup_steps=5, device="cpu")
+SETTINGS = TrainSettings(events=8, batch_events=64, warmup_steps=5, newest_share=0.2, device="cpu")
 
 
 def shop(seed: int = 0) -> Recorded:
@@ -33,10 +34,10 @@ def shop(seed: int = 0) -> Recorded:
             user,
             ((start[user] + day) % ITEMS).astype(np.int32),
             np.full(len(user), purchase, np.uint8),
-            (day * DAY_MS + user * 60_000).astype(np.int64),
+            (day * DAY_MS + user * 10_000).astype(np.int64),
             np.ones(len(user), np.float32),
         ),
-        [f"user {n:02}" for n in range(USERS)],
+        [f"user {n:03}" for n in range(USERS)],
         [f"item {n}" for n in range(ITEMS)],
         ["text"] * ITEMS,
     )
@@ -74,17 +75,19 @@ def test_it_is_trained_on_schedule_and_its_ranker_with_it(
     learned: tuple[WholeProfile, Ranked],
 ) -> None:
     whole, _ = learned
-    days = [swap.t_ms // DAY_MS for swap in whole.swaps]
+    days = [training.t_ms // DAY_MS for training in whole.trainings]
     assert days == [6, 12, 18]
-    assert all(swap.windows > 0 for swap in whole.swaps)
+    assert all(training.windows > 0 for training in whole.trainings)
+    by_hand = first_weights()
+    assert any((whole.weights[name] != by_hand[name]).any() for name in by_hand)
 
 
 def test_it_gets_better_as_it_learns(learned: tuple[WholeProfile, Ranked]) -> None:
     _, ranked = learned
-    found = metric("recall@10", ranked.rank["whole"])
+    found = metric("recall@1", ranked.rank["whole"])
     late = ranked.targets.t_ms >= 18 * DAY_MS
     assert found[late].mean() > found[~late].mean()
-    assert found[late].mean() > 2 * 10 / ITEMS * 0.9  # twice what chance gives
+    assert found[late].mean() > 2 / ITEMS  # twice what chance gives
 
 
 def test_what_it_says_does_not_depend_on_what_comes_later(
@@ -110,7 +113,8 @@ def test_its_heads_speak_after_events_and_never_before_the_first_training(
     whole, _ = learned
     events = np.concatenate(whole.foretold.event)
     assert whole.foretold.told == USERS * DAYS
-    assert events.min() >= USERS * 6
+    first = next(training.t_ms for training in whole.trainings if training.accepted)
+    assert events.min() >= first // DAY_MS * USERS
     for chances in whole.foretold.chance.values():
         assert len(np.concatenate(chances)) == len(events)
 
@@ -119,5 +123,16 @@ def test_without_a_schedule_it_is_the_blend_by_hand(tmp_path: Path) -> None:
     data = shop()
     whole = profile_of(data, tmp_path, Schedule(every_ms=float("inf")))
     judged(data, whole, data.events)
-    assert whole.swaps == []
+    assert whole.trainings == []
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_gate_rejects_is_not_swapped_in(learned: tuple[WholeProfile, Ranked]) -> None:
+    """Six days are too few to show anything: until the next training, heads stay silent."""
+    whole, _ = learned
+    rejected, *later = whole.trainings
+    assert not rejected.accepted
+    assert "100 are needed" in rejected.reasons[0]
+    assert any(training.accepted for training in later)
+    spoken = np.concatenate(whole.foretold.event)
+    assert spoken.min() >= later[0].t_ms // DAY_MS * USERS

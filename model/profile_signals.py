@@ -1,0 +1,137 @@
+"""What a ranker reads of n shoppers, kept up to date by every event: counters, sums, windows.
+
+Knows columns of numbers and a trained candidate where there is one; knows nothing of when
+anything is trained. For what readers compute from Redis see `profiles/ranking.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .baselines import DAY_MS, FadingNeighbours, OwnFrequency, Popular, TextSteps
+from .candidate import Candidate
+from .evaluate import Floats, Int32s, Ints
+from .prequential import NO_ITEM, Events
+from .ranker import ITEM
+
+_HALF_LIFE_MS: Final = 30 * DAY_MS  # of counts and pairs
+_RECENT_MS: Final = 3 * DAY_MS  # of recent counts
+_STEP: Final = 0.7  # what each instant counts of the next, in the text signal
+
+Read = tuple[Floats, Floats, Floats]
+"""Signals (n, N, 4), items (n, N, 3), shoppers (n, 3); see `ranker.Cases`."""
+
+
+class ProfileSignals:
+    """Of a catalogue of N items; to be told everything that happens, as a `Scorer` is."""
+
+    def __init__(
+        self,
+        n_users: int,
+        item_ids: Sequence[str],
+        vectors: Floats,
+        window_events: int,
+        *,
+        fading: bool = True,
+    ) -> None:
+        """`vectors` (N, D) unit rows of the items, until `swap`. Counts and pairs of items fade,
+        unless the times are made up."""
+        self._n_users, n_items = n_users, len(vectors)
+        self._own = OwnFrequency(n_items)
+        self._near = FadingNeighbours(n_items, _HALF_LIFE_MS if fading else np.inf)
+        self._items = Popular(n_items, _HALF_LIFE_MS if fading else np.inf)
+        self._recent = Popular(n_items, _RECENT_MS if fading else np.inf)
+        self._users = _Users(n_users, window_events, item_ids)
+        self._candidate: Candidate | None = None
+        self.vectors = vectors
+        self._text = TextSteps(vectors, n_users, _STEP)
+
+    def update(self, events: Events) -> None:
+        for part in (self._own, self._near, self._items, self._recent, self._text, self._users):
+            part.update(events)
+
+    def swap(self, candidate: Candidate, told: Events) -> None:
+        """From now on by the candidate's networks; `told` is everything that was told so far."""
+        self._candidate, self.vectors = candidate, candidate.vectors
+        self._text = TextSteps(self.vectors, self._n_users, _STEP)
+        self._text.update(told)
+
+    def read(self, users: Ints, t_ms: Ints) -> Read:
+        """What is known of `users` (n,) at times (n,)."""
+        own = self._own.masses(users)
+        signals = np.stack(
+            [
+                self._next_interests(users) @ self.vectors.T,
+                self._text.scores(users, t_ms),
+                self._near.scores(users, t_ms),
+                own,
+            ],
+            axis=-1,
+        ).astype(np.float32)
+        latest = int(t_ms.max(initial=0))
+        items = np.zeros((*own.shape, len(ITEM)), dtype=np.float32)
+        items[..., 0] = np.log1p(self._items.counts(latest))
+        items[..., 1] = np.log1p(self._recent.counts(latest))
+        items[..., 2] = np.log1p(self._own.ages_ms(users, t_ms) / DAY_MS)
+        had = (own > 0).sum(axis=1)
+        events = self._users.count[users]
+        shopper = np.stack(
+            [np.log1p(events), np.log1p(had), 1 - had / np.maximum(events, 1)], axis=-1
+        )
+        return signals, items, shopper.astype(np.float32)
+
+    def chances(self, users: Ints) -> dict[str, Floats]:
+        """What the heads say (n,) of `users` (n,), who have events; {} before the first swap."""
+        if self._candidate is None:
+            return {}
+        hidden = self._candidate.window.hidden(*self._windows(users))
+        return self._candidate.heads.predict(hidden)
+
+    def _next_interests(self, users: Ints) -> Floats:
+        out = np.zeros((len(users), self.vectors.shape[1]), dtype=np.float32)
+        known = np.flatnonzero(self._users.count[users] > 0)
+        if self._candidate is not None and len(known):
+            out[known] = self._candidate.window.encode(*self._windows(users[known]))
+        return out
+
+    def _windows(self, users: Ints) -> tuple[Floats, NDArray[np.uint8], Ints, Ints]:
+        item, types, t_ms, length = self._users.windows(users)
+        inputs = self.vectors[np.maximum(item, 0)] * (item != NO_ITEM)[..., None]
+        return inputs, types, t_ms, length
+
+
+class _Users:
+    """The last events of n users, newest last, as rings of `length`; those of one instant stand as
+    in the windows that training reads, by the hash of their item."""
+
+    def __init__(self, n_users: int, length: int, item_ids: Sequence[str]) -> None:
+        hashes = [hashlib.sha256(item_id.encode()).digest()[:8] for item_id in item_ids]
+        self._order = np.frombuffer(b"".join([*hashes, bytes(8)]), "<u8")  # NO_ITEM is the last
+        self.count = np.zeros(n_users, dtype=np.int64)
+        self._item = np.full((n_users, length), NO_ITEM, dtype=np.int32)
+        self._type = np.zeros((n_users, length), dtype=np.uint8)
+        self._t_ms = np.zeros((n_users, length), dtype=np.int64)
+
+    def update(self, events: Events) -> None:
+        length = self._item.shape[1]
+        order = np.lexsort((events.type, events.weight, self._order[events.item], events.t_ms))
+        for i, user in zip(order.tolist(), events.user[order].tolist(), strict=True):
+            at = self.count[user] % length
+            self._item[user, at] = events.item[i]
+            self._type[user, at] = events.type[i]
+            self._t_ms[user, at] = events.t_ms[i]
+            self.count[user] += 1
+
+    def windows(self, users: Ints) -> tuple[Int32s, NDArray[np.uint8], Ints, Ints]:
+        """Items, types and times (n, L), oldest first, and lengths (n,)."""
+        size = self._item.shape[1]
+        length = np.minimum(self.count[users], size)
+        first = np.where(self.count[users] > size, self.count[users] % size, 0)
+        at = (first[:, None] + np.arange(int(length.max()))) % size
+        rows = users[:, None]
+        return self._item[rows, at], self._type[rows, at], self._t_ms[rows, at], length
