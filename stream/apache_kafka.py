@@ -182,7 +182,12 @@ class ApacheKafka:
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")
         tools = {}
         for node in new:
-            command = ["kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config"]
+            command = [
+                "kafka.tools.StorageTool",
+                "format",
+                f"--cluster-id={cluster_id}",
+                "--config",
+            ]
             tools[node] = ServerProcess(
                 f"Formatting the storage of Apache Kafka node {node}",
                 [*self._java, *command, str(self._folder(node) / "server.properties")],

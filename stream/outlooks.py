@@ -33,7 +33,8 @@ from .window_rows import window_rows
 
 log = logging.getLogger(__name__)
 
-_BATCH: Final = {"cpu": 64}  # windows at a time: one pass of the encoder
+# Windows at a time: one pass of the encoder.
+_BATCH_ON_CPU: Final = 64
 _BATCH_ON_GPU: Final = 1024
 _RETRY_S: Final = 2.0
 _LOOKS_UP_S: Final = 0.2
@@ -138,7 +139,7 @@ class Outlooks:
 
     def _turn(self) -> None:
         device = self._catalogue().engine.device.type
-        users = self._waiting.take(_BATCH.get(device, _BATCH_ON_GPU), _LOOKS_UP_S)
+        users = self._waiting.take(_BATCH_ON_CPU if device == "cpu" else _BATCH_ON_GPU, _LOOKS_UP_S)
         if not users:
             return
         catalogue = self._catalogue()  # now: whoever waits may wait because it is another
