@@ -153,6 +153,7 @@ class Save(NamedTuple):
     pieces: Texts  # of a glance, see `_glance_pieces`; then script call and key parts
     labels: Texts  # category key -> JSON string
     sources: Keys64  # of all partitions that there are today
+    tails: Texts  # the key of the writer's trail, then what the guard of each call is told
 
 
 class Out(NamedTuple):
@@ -766,14 +767,14 @@ def _fold_user(x, shape, users, u, events, order, begin, end, save, out, at, exa
 
 
 @inlined
-def _close_call(users, chosen, n, save, out, at, length):
-    """EVALSHA of the script for n users, whose arguments are at hand."""
+def _close_call(users, chosen, n, save, out, call, at, length):
+    """EVALSHA of the script for n users, whose arguments are at hand; the first call is 0."""
     to, pieces = out.payload, save.pieces
     script, prefix, suffix = 5 + TYPES, 6 + TYPES, 7 + TYPES
     to[at] = 42  # *
-    at = _line_end(to, _decimal(to, at + 1, 3 + 6 * n))
+    at = _line_end(to, _decimal(to, at + 1, 7 + 6 * n))
     at = _piece(to, at, pieces, script)
-    digits = _decimal(out.glance, 0, n)
+    digits = _decimal(out.glance, 0, n + 1)
     at = _line_end(to, _copy(to, _bulk_length(to, at, digits), out.glance, 0, digits))
     around = pieces.end[suffix + 1] - pieces.end[prefix]
     for c in range(n):
@@ -781,11 +782,12 @@ def _close_call(users, chosen, n, save, out, at, length):
         at = _piece(to, _bulk_length(to, at, around + end - begin), pieces, prefix)
         at = _piece(to, _copy(to, at, users.ids, begin, end - begin), pieces, suffix)
         at = _line_end(to, at)
+    at = _piece(to, at, save.tails, 0)
     for c in range(n):
         for side in range(2):
             out.state_at[chosen[c], side] += at
             out.fence_at[chosen[c], side] += at
-    return _copy(to, at, out.arguments, 0, length)
+    return _piece(to, _copy(to, at, out.arguments, 0, length), save.tails, call + 1)
 
 
 @compiled
@@ -813,7 +815,7 @@ def fold(shape, users, events, save, out):
     x = _scratch(shape, most, longest // _WATERMARK)
     exact = np.zeros(1, np.float64)
     chosen = np.empty(save.chunk, np.int64)
-    count, length, total = 0, 0, 0
+    count, length, call, total = 0, 0, 0, 0
     for u in range(n):
         status, length = _fold_user(
             x, shape, users, u, events, order, begin[u], begin[u + 1], save, out, length, exact
@@ -826,6 +828,7 @@ def fold(shape, users, events, save, out):
             chosen[count] = u
             count += 1
         if count > 0 and (count == save.chunk or u == n - 1):
-            total = _close_call(users, chosen, count, save, out, total, length)
+            total = _close_call(users, chosen, count, save, out, call, total, length)
             count = length = 0
+            call += 1
     return total

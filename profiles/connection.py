@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from .errors import RedisIsCluster, RedisUnavailable
+from .errors import RedisIsCluster, RedisUnavailable, WritesLost
 
 if TYPE_CHECKING:
     import redis
@@ -75,8 +75,9 @@ class Connection:
 
 @contextmanager
 def redis_errors(where: str) -> Iterator[None]:
-    """Turn what redis-py raises for an unreachable or unwilling server into RedisUnavailable, and
-    what a server in cluster mode answers into RedisIsCluster."""
+    """Turn what redis-py raises for an unreachable or unwilling server into RedisUnavailable, what
+    a server in cluster mode answers into RedisIsCluster, and what a guarded script answers that
+    misses earlier writes into WritesLost."""
     import redis.exceptions as e
 
     try:
@@ -93,6 +94,10 @@ def redis_errors(where: str) -> Iterator[None]:
     except (e.AskError, e.ClusterCrossSlotError) as error:  # MOVED is a kind of ASK
         raise _is_cluster(where) from error
     except e.ResponseError as error:
+        if _reason(error).startswith(_LOST):
+            raise WritesLost(
+                f"Redis at {where} has lost writes that it had acknowledged"
+            ) from error
         # redis-py has a class for some of these, and takes the code off their message.
         if isinstance(error, e.NoPermissionError) or _NO_PERMISSION in str(error):
             raise RedisUnavailable(
@@ -124,6 +129,7 @@ def _is_cluster(where: str) -> RedisIsCluster:
 
 # What a script reports of a command that its user may not run.
 _NO_PERMISSION: Final = "ACL failure in script"
+_LOST: Final = "LOST "  # see schema
 _UNWILLING: Final = re.compile(r"\b(MISCONF|NOREPLICAS|BUSY|UNKILLABLE)\b")
 
 

@@ -6,6 +6,7 @@ ProfilesError
 ├── StateCorrupt        bytes that are no profile: rebuild this user
 ├── SpaceMismatch       vectors of two embedding spaces: fetch both again
 ├── LayoutMismatch      written under other settings: restore them, or rebuild
+├── WritesLost          Redis went back behind what it had acknowledged: read again from the marks
 ├── RedisIsCluster      keys spread over slots: name a Redis without cluster mode
 └── RedisUnavailable    no answer from Redis: retry later, or serve without a profile
 """
@@ -35,6 +36,11 @@ class SpaceMismatch(ProfilesError):
 
 class LayoutMismatch(ProfilesError):
     """Stored profiles have another dimension or other half-lives than the settings ask for."""
+
+
+class WritesLost(ProfilesError):
+    """Redis does not have what it had acknowledged to this writer: it failed over to a replica
+    that was behind, or started from an older file. Nothing was saved on top of that."""
 
 
 class RedisIsCluster(ProfilesError):

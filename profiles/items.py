@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
@@ -15,10 +16,13 @@ import numpy as np
 from . import ranking, schema
 from .arithmetic import Floats
 from .connection import address, knows_command, redis_errors
+from .marks import Marks, steps_of, write
 from .schema import ItemRecord, read_record
+from .scripts import run_script, script_sha
 
 if TYPE_CHECKING:
     import redis
+    from redis.client import Pipeline
 
 BUCKETS: Final = 256
 _CHANGES_KEPT: Final = 100_000
@@ -39,14 +43,30 @@ class Origin:
 class ItemStore:
     """Items of one namespace in one Redis."""
 
-    def __init__(self, client: redis.Redis, keys: schema.Keys, where: str = "") -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        keys: schema.Keys,
+        where: str = "",
+        marks: Marks | None = None,
+    ) -> None:
+        """`marks`: with them whoever writes what is read from a topic finds out (WritesLost) when
+        earlier writes were lost. All of these may be made again."""
         self._client = client
         self._keys = keys
         self._where = address(where) if where else "REDIS_URL"
-        self._put = client.register_script(schema.PUT_ITEM_SCRIPT)
-        self._put_vectors = client.register_script(schema.PUT_VECTORS_SCRIPT)
+        self._marks = marks
         self._awaited = client.register_script(schema.AWAITED_SCRIPT)
         self._has_vector_sets: bool | None = None
+
+    def _write(self, fill: Callable[[Pipeline], Any]) -> None:
+        with redis_errors(self._where):
+            write(self._client, self._marks, self._keys, fill)
+
+    @property
+    def beginnings(self) -> int:
+        """How often writes were lost, as far as was noticed, and all was begun anew."""
+        return self._marks.beginnings if self._marks is not None else 0
 
     # records
 
@@ -70,8 +90,9 @@ class ItemStore:
             )
             deleted = "1" if record.deleted else ""
             args += [source, offset, json.dumps(asdict(record)), version, deleted, f"{item:016x}"]
-        with redis_errors(self._where):
-            self._put(keys=[*keys, self._keys.item_changes()], args=[*args, _CHANGES_KEPT])
+        keys.append(self._keys.item_changes())
+        call = (script_sha(schema.PUT_ITEM_SCRIPT), len(keys), *keys, *args, _CHANGES_KEPT)
+        self._write(partial(_evalsha, call))
 
     def records(self, items: Sequence[int]) -> dict[int, tuple[ItemRecord, str]]:
         """item key -> (record, text version) of those that are known."""
@@ -107,21 +128,21 @@ class ItemStore:
     ) -> None:
         """Keep (n, D) unit vectors of n items in one space, and index them where Redis can. An
         item that is deleted by now, or has another text than the version says, is left out."""
-        index = self._keys.index(space)
-        with redis_errors(self._where):
-            indexed = "1" if self.has_vector_sets() else ""
-            for start in range(0, len(item_ids), _VECTORS_PER_CALL):
-                part = slice(start, start + _VECTORS_PER_CALL)
-                keys: list[str] = []
-                args: list[str | bytes] = []
-                for item_id, version, vector in zip(
-                    item_ids[part], versions[part], vectors[part], strict=True
-                ):
-                    item = schema.key64(item_id)
-                    raw = np.ascontiguousarray(vector, dtype="<f4").tobytes()
-                    keys += [self._keys.item(item), self._keys.vectors(space, item)]
-                    args += [item_id, version, bytes.fromhex(version) + raw]
-                self._put_vectors(keys=[*keys, index], args=[*args, indexed])
+        put, indexed = script_sha(schema.PUT_VECTORS_SCRIPT), "1" if self.has_vector_sets() else ""
+        for start in range(0, len(item_ids), _VECTORS_PER_CALL):
+            part = slice(start, start + _VECTORS_PER_CALL)
+            keys: list[str] = []
+            args: list[str | bytes] = []
+            for item_id, version, vector in zip(
+                item_ids[part], versions[part], vectors[part], strict=True
+            ):
+                item = schema.key64(item_id)
+                raw = np.ascontiguousarray(vector, dtype="<f4").tobytes()
+                keys += [self._keys.item(item), self._keys.vectors(space, item)]
+                args += [item_id, version, bytes.fromhex(version) + raw]
+            keys.append(self._keys.index(space))
+            call = (put, len(keys), *keys, *args, indexed)
+            self._write(partial(_evalsha, call))
 
     def vectors(self, space: str, versions: Mapping[str, str]) -> dict[str, Floats]:
         """item id -> (D,) vector, for items whose stored vector is of the given text version."""
@@ -179,6 +200,11 @@ class ItemStore:
             if found:
                 yield [int(key[-16:], 16) for key in found]
 
+    def rely(self) -> None:
+        """On what was read so far, whoever wrote it: a Redis that loses that loses this as well,
+        and later writes find out. Raises RedisUnavailable, WritesLost."""
+        self._write(lambda pipe: None)
+
     def drop_space(self, space: str) -> None:
         """Give up all vectors of a space that no profile lives in any more."""
         with redis_errors(self._where):
@@ -190,14 +216,15 @@ class ItemStore:
 
     def drop_vectors(self, space: str, item_ids: Iterable[str]) -> None:
         """Take items out of search: no nearest-items answer names them any more."""
-        with redis_errors(self._where):
-            indexed = self.has_vector_sets()
-            pipe = self._client.pipeline(transaction=False)
+        indexed = self.has_vector_sets()
+
+        def drop(pipe: Pipeline) -> None:
             for item_id in item_ids:
                 pipe.hdel(self._keys.vectors(space, schema.key64(item_id)), item_id)
                 if indexed:
                     _raw(pipe, "VREM", self._keys.index(space), item_id)
-            pipe.execute()
+
+        self._write(drop)
 
     def has_vector_sets(self) -> bool:
         """Whether this Redis (8.0 and up) has VADD and VSIM."""
@@ -207,12 +234,13 @@ class ItemStore:
         return self._has_vector_sets
 
     def set_space(self, space: str) -> None:
-        """Tell readers and other workers which space workers write now."""
+        """Tell readers and other workers which space workers write now. Raises RedisUnavailable,
+        WritesLost."""
         if self.current_space() != space:
-            with redis_errors(self._where):
-                # First: with the space current, an earlier sweep into it must not look done.
-                self._client.unlink(self._keys.sweep(space))
-                self._client.set(self._keys.current_space(), space)
+            keys = [self._keys.current_space(), self._keys.sweep(space)]
+            with steps_of(self._marks, self._keys, 1) as steps:
+                named = steps.guard([(keys, [space])])
+                run_script(self._client, schema.NAME_SPACE_SCRIPT, named, self._where)
 
     def current_space(self) -> str:
         """The space that workers write now; "" before the first."""
@@ -235,10 +263,8 @@ class ItemStore:
     def name_categories(self, names: Mapping[int, str]) -> None:
         """Keep the names behind category keys."""
         if names:
-            with redis_errors(self._where):
-                self._client.hset(
-                    self._keys.categories(), mapping={f"{k:016x}": n for k, n in names.items()}
-                )
+            named: dict[Any, Any] = {f"{k:016x}": name for k, name in names.items()}
+            self._write(lambda pipe: pipe.hset(self._keys.categories(), mapping=named))
 
     def category_names(self, categories: Sequence[int]) -> dict[int, str]:
         """category key -> name of those that are known."""
@@ -253,13 +279,14 @@ class ItemStore:
 
     def wait_for(self, waiters: Mapping[str, Iterable[int]]) -> None:
         """user id -> item keys: resolve this user when one of these items gets a text."""
-        with redis_errors(self._where):
-            pipe = self._client.pipeline(transaction=False)
+
+        def register(pipe: Pipeline) -> None:
             for user_id, items in waiters.items():
                 for item in items:
                     pipe.sadd(self._keys.waiting(item), user_id)
                     pipe.expire(self._keys.waiting(item), schema.WAITING_TTL_S)
-            pipe.execute()
+
+        self._write(register)
 
     def awaited(self, items: Sequence[int]) -> set[int]:
         """Those of the items that users wait for."""
@@ -279,8 +306,9 @@ class ItemStore:
             if not members:
                 return
             resolve([member.decode() for member in members])
-            with redis_errors(self._where):
-                self._client.srem(key, *members)
+            with steps_of(self._marks, self._keys, 1) as steps:
+                served = steps.guard([([key], members)])
+                run_script(self._client, schema.SERVED_SCRIPT, served, self._where)
 
     # changes
 
@@ -301,6 +329,10 @@ class ItemStore:
         entries = reply[0][1]
         changed = {int(f[b"item"], 16): f.get(b"version", b"").decode() for _, f in entries}
         return entries[-1][0].decode(), changed
+
+
+def _evalsha(call: tuple[Any, ...], pipe: Pipeline) -> None:
+    pipe.evalsha(*call)
 
 
 def _raw(client: Any, *command: Any) -> Any:

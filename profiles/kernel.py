@@ -35,6 +35,7 @@ from .compiled import (
     Texts,
     Users,
 )
+from .trail import Steps
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
@@ -126,23 +127,26 @@ class Kernel:
         now_s: float,
         names_of: NamesOf,
         sources: Collection[int],
+        steps: Steps,
     ) -> Folded:
         """Fold what happened to n users, who are rows `first`, … of the events, into their stored
         (state, fence), b"" where there is none, and write the saves. names_of: category keys ->
-        the names that are known. sources: of all partitions that there are today."""
+        the names that are known. sources: of all partitions that there are today. steps: of the
+        calls, as many as there may be."""
         states, fences = [state for state, _ in rows], [fence for _, fence in rows]
         users = Users(
             *_joined(states), *_joined(fences), *_joined([user_id.encode() for user_id in ids])
         )
         columns = _columns(events)
         today = np.fromiter(sources, np.uint64, len(sources))
+        tails = _texts([_bulks(steps.key), *(_bulks(*tail) for tail in steps.tails)])
         while True:
             labels = self._labels  # read once: another thread may find further names
             save = Save(
                 first, np.uint64(space), np.uint64(writer), float(now_s), self._ttl_s,
-                RENEW_SHARE, self._chunk, self._pieces, labels.texts, today,
+                RENEW_SHARE, self._chunk, self._pieces, labels.texts, today, tails,
             )  # fmt: skip
-            out = self._out(users, len(columns.row), labels.longest)
+            out = self._out(users, len(columns.row), labels.longest, tails)
             length = compiled.fold(self._shape, users, columns, save, out)
             unknown = out.unknown[out.unknown != 0].tolist()
             known = names_of(unknown) if unknown else {}
@@ -157,14 +161,17 @@ class Kernel:
         """Compile the kernel, or load what was compiled before."""
         nobody: dict[str, Any] = {name: np.zeros(0, dtype) for name, dtype in _COLUMNS.items()}
         nobody["vector"] = np.zeros((0, self._shape.dimensions), np.float32)
-        self.fold([], [], EventColumns(**nobody), 0, 0, 0, 0.0, lambda keys: {}, ())
+        self.fold(
+            [], [], EventColumns(**nobody), 0, 0, 0, 0.0, lambda keys: {}, (), Steps("", [], 0)
+        )
 
-    def _out(self, users: Users, m: int, longest: int) -> Out:
+    def _out(self, users: Users, m: int, longest: int, tails: Texts) -> Out:
         """Room for what may come of these users."""
         n = len(users.state_end) - 1
         glance = _GLANCE_BYTES + TOP * (longest + _NUMBER_BYTES)
         each = self._shape.blank.size + glance + _CALL_BYTES + self._pieces.bytes.size
         stored = users.states.size + 2 * users.fences.size + users.ids.size
+        stored += tails.bytes.size * len(tails.end)  # the key with each of the calls
         payload, arguments = self._buffers(n * each + stored + m * _EVENT_BYTES)
         return Out(
             payload,
@@ -232,6 +239,11 @@ def _glance_pieces() -> list[bytes]:
         b',"categories":{',
         b"}}",
     ]
+
+
+def _bulks(*parts: str) -> bytes:
+    """As Redis' protocol has them."""
+    return b"".join(b"$%d\r\n%s\r\n" % (len(p.encode()), p.encode()) for p in parts)
 
 
 def _texts(texts: Sequence[bytes], keys: Keys64 | None = None) -> Texts:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import arithmetic, neighbours, schema
 from .connection import address
+from .marks import Marks, steps_of
 from .neighbours import Tallies, TallyLayout
 from .scripts import run_script
 
@@ -34,14 +35,16 @@ class NeighbourStore:
         ttl_s: float,
         writer: int,
         where: str = "",
+        marks: Marks | None = None,
     ) -> None:
-        """`writer`: a random 64-bit number of this process; see ProfileStore."""
+        """`writer`: a random 64-bit number of this process; `marks`: see ProfileStore."""
         self._client = client
         self._keys = keys
         self._layout = layout
         self._ttl_s = math.ceil(ttl_s)
         self._writers = count(writer)
         self._where = address(where) if where else "REDIS_URL"
+        self._marks = marks
 
     @property
     def layout(self) -> TallyLayout:
@@ -67,7 +70,7 @@ class NeighbourStore:
         """Save the given rows; the rows that Redis refused because another writer was there.
 
         now_s: wall clock, for the expiry. Raises RedisUnavailable; then any part may be saved,
-        and loading again tells which.
+        and loading again tells which. Raises WritesLost.
         """
         rows = list(rows)
         before = [tallies.fences[row] for row in rows]
@@ -82,11 +85,14 @@ class NeighbourStore:
         heads, near = [packed[row] for row in rows], [tallies.near[row] for row in rows]
         keys = [self._keys.neighbours(items[row]) for row in rows]
         five = list(zip(before, fences, heads, near, expires_s, strict=True))
-        calls = [
+        calls: list[tuple[list[str], list[Any]]] = [
             (keys[i : i + _CHUNK], list(chain.from_iterable(five[i : i + _CHUNK])))
             for i in range(0, len(keys), _CHUNK)
         ]
-        replies = run_script(self._client, schema.SAVE_NEIGHBOURS_SCRIPT, calls, self._where)
+        with steps_of(self._marks, self._keys, len(calls)) as steps:
+            replies = run_script(
+                self._client, schema.SAVE_NEIGHBOURS_SCRIPT, steps.guard(calls), self._where
+            )
         return [
             rows[chunk * _CHUNK + position - 1]
             for chunk, reply in enumerate(replies)

@@ -138,6 +138,11 @@ MAX_PENDING: Final = 256
 # A forgotten user's id must not stay for ever in the set of an item that never comes. Whoever
 # is still waiting by then is served at their next event.
 WAITING_TTL_S: Final = 30 * 86_400
+# A trail is renewed with every micro-batch, and every few seconds without one. A worker that was
+# stopped for longer reads again what it wrote last, and finds it there.
+TRAIL_TTL_S: Final = 86_400
+# Field of the marks: 1 where offsets were committed before there were marks, else 0.
+OLDER: Final = "older"
 SWEEP_TURN_S: Final = 30
 SWEEP_TTL_S: Final = 30 * 86_400
 
@@ -283,6 +288,16 @@ class Keys:
         named; a worker of another space moves no profile out of it."""
         return f"{self.namespace}:space"
 
+    def marks(self) -> str:
+        """Hash of how far this Redis is: source (16 hex digits) -> next offset of which all
+        below is saved; and older: 1 where offsets were committed before there were marks."""
+        return f"{self.namespace}:marks"
+
+    def trail(self, writer: str) -> str:
+        """Hash of one writing process: thread -> number of its latest guarded write; expires
+        after TRAIL_TTL_S without one."""
+        return f"{self.namespace}:trail:{writer}"
+
     def sweep(self, space: str) -> str:
         """Hash of the migration of untouched profiles into one space: cursor (of SCAN, where to go
         on), seen and moved (profiles, so far), done (1 when none is left); expires after
@@ -295,20 +310,42 @@ class Keys:
         return f"{self.namespace}:sweep-turn"
 
 
-# KEYS: profile keys. No ARGV. Reply: state, fence, state, fence, …
-LOAD_SCRIPT: Final = """
-local out = {}
-for i = 1, #KEYS do
+# What a guarded script begins with. A write that comes twice finds its number there and is made
+# again.
+_GUARD: Final = """
+local trail, thread = KEYS[#KEYS], ARGV[#ARGV - 2]
+if thread ~= '' then
+  local each = 0
+  for least in string.gmatch(ARGV[#ARGV], '%d+') do
+    if tonumber(redis.call('HGET', trail, each) or 0) < tonumber(least) then
+      return redis.error_reply('LOST writes that this Redis had acknowledged')
+    end
+    each = each + 1
+  end
+  if tonumber(redis.call('HGET', trail, thread) or 0) < tonumber(ARGV[#ARGV - 1]) then
+    redis.call('HSET', trail, thread, ARGV[#ARGV - 1])
+  end
+end
+"""
+
+# KEYS: profile keys, then the writer's trail. ARGV: the guard's three, see SAVE_SCRIPT, with 0 for
+# the number. Reply: state, fence, state, fence, …; or the error LOST, because pairs are sent before
+# a save is refused, and a profile without its last events would give wrong ones.
+LOAD_SCRIPT: Final = (
+    _GUARD
+    + """local out = {}
+for i = 1, #KEYS - 1 do
   local got = redis.call('HMGET', KEYS[i], 'state', 'fence')
   out[2 * i - 1] = got[1]
   out[2 * i] = got[2]
 end
 return out
 """
+)
 
 _FENCED_SAVE: Final = """
 local refused = {}
-for i = 1, #KEYS do
+for i = 1, #KEYS - 1 do
   local key, at = KEYS[i], 5 * i - 4
   local stored = redis.call('HGET', key, 'fence') or ''
   if stored == ARGV[at] then
@@ -323,12 +360,14 @@ return refused
 
 
 def _fenced_save(first: str, second: str) -> str:
-    return _FENCED_SAVE.replace("FIRST", first).replace("SECOND", second)
+    return _GUARD + _FENCED_SAVE.lstrip().replace("FIRST", first).replace("SECOND", second)
 
 
-# KEYS: profile keys. ARGV, five per key: fence it was loaded with ('' = no profile), new fence,
-# state, glance, expiry (unix seconds, '0' = leave). Reply: positions (from 1) that were refused.
-# A save whose reply was lost finds its own fence and counts as done.
+# KEYS: profile keys, then the writer's trail. ARGV, five per profile: fence it was loaded with
+# ('' = no profile), new fence, state, glance, expiry (unix seconds, '0' = leave); then the guard's
+# three: thread ('' = not guarded), number of this write, and of every thread, with commas between,
+# the number that must be there. Reply: positions (from 1) that were refused; or the error LOST, and
+# nothing is saved. A save whose reply was lost finds its own fence and counts as done.
 SAVE_SCRIPT: Final = _fenced_save(STATE, GLANCE)
 
 # As SAVE_SCRIPT, for users who asked to be forgotten: what was foretold from what they did goes in
@@ -365,6 +404,48 @@ return out
 
 # As SAVE_SCRIPT, for neighbours keys: fence before, new fence, tally, near, expiry.
 SAVE_NEIGHBOURS_SCRIPT: Final = _fenced_save(TALLY, NEAR)
+
+# KEYS: marks, then the trail. ARGV: sources (16 hex digits), then the guard's three. Reply: the
+# field older, then the mark of each source.
+CLAIM_SCRIPT: Final = (
+    _GUARD
+    + """redis.call('EXPIRE', trail, TTL)
+local out = { redis.call('HGET', KEYS[1], 'older') }
+for i = 1, #ARGV - 3 do out[i + 1] = redis.call('HGET', KEYS[1], ARGV[i]) end
+return out
+""".replace("TTL", str(TRAIL_TTL_S))
+)
+
+# KEYS: marks, then the trail. ARGV: source and next offset by turns, then the guard's three. A mark
+# never goes down: a worker that was stalled has less to say, and it is as true.
+ADVANCE_SCRIPT: Final = (
+    _GUARD
+    + """redis.call('EXPIRE', trail, TTL)
+for i = 1, #ARGV - 3, 2 do
+  if tonumber(redis.call('HGET', KEYS[1], ARGV[i]) or -1) < tonumber(ARGV[i + 1]) then
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+  end
+end
+return {}
+""".replace("TTL", str(TRAIL_TTL_S))
+)
+
+# KEYS: the trail. ARGV: the guard's three. Sent behind writes that do no harm where earlier ones
+# were lost.
+STEP_SCRIPT: Final = _GUARD + "return {}\n"
+
+# KEYS: the current space, the sweep into the one that is named, then the trail. ARGV: the space,
+# then the guard's three: a space is named only where its items are. With it current, an earlier
+# sweep into it must not look done.
+NAME_SPACE_SCRIPT: Final = (
+    _GUARD + "redis.call('UNLINK', KEYS[2])\nredis.call('SET', KEYS[1], ARGV[1])\nreturn {}\n"
+)
+
+# KEYS: a waiting set, then the trail. ARGV: user ids who were served, then the guard's three.
+# Nobody leaves the set whose save was lost.
+SERVED_SCRIPT: Final = (
+    _GUARD + "for i = 1, #ARGV - 3 do redis.call('SREM', KEYS[1], ARGV[i]) end\nreturn {}\n"
+)
 
 # KEYS: item keys, then the stream of changes. ARGV, six per item: origin source ('' = inline,
 # from an event), offset (20 digits), record, text version, '1' if deleted (else ''), item key in

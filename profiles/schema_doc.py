@@ -67,6 +67,8 @@ def _keys() -> list[str]:
         ("categories", _EXAMPLE.categories()),
         ("item_changes", _EXAMPLE.item_changes()),
         ("current_space", _EXAMPLE.current_space()),
+        ("marks", _EXAMPLE.marks()),
+        ("trail", _EXAMPLE.trail("WRITER")),
         ("sweep", _EXAMPLE.sweep("SPACE")),
         ("sweep_turn", _EXAMPLE.sweep_turn()),
     ]
@@ -276,6 +278,11 @@ def _scripts() -> list[str]:
         "PUT_ITEM_SCRIPT",
         "PUT_VECTORS_SCRIPT",
         "AWAITED_SCRIPT",
+        "SERVED_SCRIPT",
+        "STEP_SCRIPT",
+        "NAME_SPACE_SCRIPT",
+        "CLAIM_SCRIPT",
+        "ADVANCE_SCRIPT",
     ):
         comment = re.search(rf"((?:^# .*\n)+){name}: Final", source, re.MULTILINE)
         words = " ".join(line[2:] for line in comment[1].splitlines()) if comment else ""

@@ -25,6 +25,7 @@ from .cache import ProfileCache, Row
 from .connection import address, redis_errors
 from .errors import LayoutMismatch, SchemaTooNew, StateCorrupt
 from .fates import Fates
+from .marks import Marks, looks_of, steps_of
 from .outlook import Fields
 from .scripts import run_script, script_sha
 
@@ -61,10 +62,12 @@ class ProfileStore:
         writer: int,
         where: str = "",
         cached: int = 0,
+        marks: Marks | None = None,
     ) -> None:
         """`writer` is a random 64-bit number of this process. Every save counts it on and puts
         it into its fences, so that no two saves can be taken for each other. `cached`: how many
-        profiles are remembered after a save, to be loaded from memory the next time."""
+        profiles are remembered after a save, to be loaded from memory the next time. `marks`
+        guards its loads and saves; without them a save may follow ones that Redis lost."""
         self._client = client
         self._keys = keys
         self._layout = layout
@@ -72,13 +75,14 @@ class ProfileStore:
         self._writers = count(writer)  # next() is one step for all threads
         self._where = address(where) if where else "REDIS_URL"
         self._cache = ProfileCache(cached)
+        self._marks = marks
 
     def load(self, user_ids: Sequence[str], *, anew: bool = False) -> Profiles:
         """The profiles of n users, no user twice; who has none gets an empty one. `anew`: as Redis
         has them, whatever is remembered; for who might find nothing to do, and so save nothing
         that could be refused.
 
-        Raises RedisUnavailable, SchemaTooNew, LayoutMismatch, StateCorrupt.
+        Raises RedisUnavailable, WritesLost, SchemaTooNew, LayoutMismatch, StateCorrupt.
         """
         if anew:
             self._cache.take(user_ids)
@@ -109,7 +113,9 @@ class ProfileStore:
         calls: list[tuple[list[str], list[Any]]] = [
             (keys[i : i + _CHUNK], []) for i in range(0, len(keys), _CHUNK)
         ]
-        flat = [value or b"" for reply in self._run(schema.LOAD_SCRIPT, calls) for value in reply]
+        with looks_of(self._marks, self._keys, len(calls)) as looks:
+            replies = self._run(schema.LOAD_SCRIPT, looks.guard(calls))
+        flat = [value or b"" for reply in replies for value in reply]
         return list(zip(flat[::2], flat[1::2], strict=True))
 
     # --- the fast way
@@ -134,16 +140,18 @@ class ProfileStore:
 
         names_of: category keys -> the names that are known. fates: of the events. sources: of all
         partitions that there are today. Raises RedisUnavailable; then any part may be saved, and
-        folding again tells which.
+        folding again tells which. Raises WritesLost.
         """
         rows = self._rows(user_ids)
         writer = next(self._writers) % (1 << 64)
-        folded = self._kernel.fold(
-            user_ids, rows, events, first, space, writer, now_s, names_of, sources
-        )
-        at = np.flatnonzero(folded.fate)
-        fates.folded(at, folded.fate[at], [user_ids[i] for i in folded.split.tolist()])
-        replies = self._send(folded.payload, folded.calls)
+        with steps_of(self._marks, self._keys, -(-len(user_ids) // _CHUNK)) as steps:
+            folded = self._kernel.fold(
+                user_ids, rows, events, first, space, writer, now_s, names_of, sources, steps
+            )
+            at = np.flatnonzero(folded.fate)
+            fates.folded(at, folded.fate[at], [user_ids[i] for i in folded.split.tolist()])
+            replies = self._send(folded.payload, folded.calls)
+            steps.made = folded.calls
         refused = folded.written[_refused(replies)]
         if len(refused):
             at = folded.events_of(refused)
@@ -172,7 +180,8 @@ class ProfileStore:
         """Save the given rows; the rows that Redis refused because another writer was there.
 
         now_s: wall clock, for the expiry, which a save without `renew` leaves as it is. Raises
-        RedisUnavailable; then any part may be saved, and loading again tells which.
+        RedisUnavailable; then any part may be saved, and loading again tells which. Raises
+        WritesLost.
         """
         rows = list(rows)
         writer = next(self._writers) % (1 << 64)
@@ -188,8 +197,10 @@ class ProfileStore:
         keys = [self._keys.profile(user_id) for user_id in ids]
         five = list(zip(before, picked.fences, states, glances, expires_s, strict=True))
         kept = [i for i in range(len(ids)) if i not in picked.erased]
-        refused = self._run_for(schema.SAVE_SCRIPT, keys, five, kept)
-        refused += self._run_for(schema.ERASE_SCRIPT, keys, five, sorted(picked.erased))
+        refused = self._run_for(schema.SAVE_SCRIPT, keys, five, kept, guarded=True)
+        refused += self._run_for(
+            schema.ERASE_SCRIPT, keys, five, sorted(picked.erased), guarded=True
+        )
         saved = dict(zip(ids, zip(states, picked.fences, strict=True), strict=True))
         for i in refused:
             del saved[ids[i]]
@@ -211,17 +222,19 @@ class ProfileStore:
         keys: Sequence[str],
         arguments: Sequence[tuple[Any, ...]],
         users: Sequence[int],
+        *,
+        guarded: bool = False,
     ) -> list[int]:
         """Run a script for some of the users, some at a time; those that it refused."""
         parts = [users[i : i + _CHUNK] for i in range(0, len(users), _CHUNK)]
-        replies = self._run(
-            script,
-            [
-                ([keys[u] for u in part], list(chain.from_iterable(arguments[u] for u in part)))
-                for part in parts
-            ],
-        )
-        return [users[i] for i in _refused(replies)]
+        calls: list[tuple[list[str], list[Any]]] = [
+            ([keys[u] for u in part], list(chain.from_iterable(arguments[u] for u in part)))
+            for part in parts
+        ]
+        if not guarded:
+            return [users[i] for i in _refused(self._run(script, calls))]
+        with steps_of(self._marks, self._keys, len(calls)) as steps:
+            return [users[i] for i in _refused(self._run(script, steps.guard(calls)))]
 
     def _run(self, script: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[list[Any]]:
         """One EVALSHA per call, in one round trip."""

@@ -7,7 +7,8 @@ The rules that keep events exactly once in their profile:
  - an offset is committed only after the slice that holds it was saved;
  - a partition that is taken away is finished (the slice in hand) or dropped (slices waiting),
    committed, and only then given back;
- - a failure stops the process with nothing further committed.
+ - a failure stops the process with nothing further committed;
+ - where Redis has lost what was committed or finished, its marks say where to begin again.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, Final, TypeVar
 
@@ -26,6 +28,8 @@ import confluent_kafka as kafka
 from confluent_kafka.admin import AdminClient, OffsetSpec
 from mode import Service
 
+from profiles.errors import RedisUnavailable, WritesLost
+from profiles.marks import Marks
 from profiles.schema import source_key
 
 from . import metrics
@@ -59,6 +63,9 @@ _ASK_AGAIN_S: Final = 0.2
 _STUCK_S: Final = 120.0  # without a sign of life, before the liveness probe fails
 _UNEMPLOYED_S: Final = 30.0  # without a partition, before it is told
 _ANSWER_S: Final = 2.0  # then it is asked again, unless the worker is to stop
+
+# Without records to fold, Redis is asked so often whether it still has what it had.
+_MAKE_SURE_S: Final = 5.0
 
 _SliceKey = tuple[str, int, int]  # topic, partition, epoch
 
@@ -113,6 +120,10 @@ class MicroBatch:
         """Records in all slices."""
         return sum(len(s.offsets) for s in self.slices)
 
+    def ends(self) -> dict[int, int]:
+        """Source -> the offset behind its slice."""
+        return {s.source: s.next_offset for s in self.slices}
+
 
 class IntakeFailed(UserError):
     """The consumer cannot go on: the process stops, and what is not saved stays uncommitted."""
@@ -129,12 +140,17 @@ class Intake(Service):  # type: ignore[misc]
         on_failure: Callable[[BaseException], None],
         group: str = "updater",
         gauges: metrics.IntakeGauges = metrics.INTAKE_GAUGES,
+        marks: Marks | None = None,
     ) -> None:
         """`deliver` is awaited in the event loop with each micro-batch; `on_failure` is called
-        there once if the consumer dies. `group`: the consumer group, without its namespace."""
+        there once if the consumer dies. `group`: the consumer group, without its namespace.
+        `marks`: of what is saved in Redis, to begin at where less is there than was committed; an
+        empty micro-batch is delivered when Redis is found to have lost writes."""
         super().__init__()
         self._group = group
         self._gauges = gauges
+        self._marks = marks
+        self._next_sure_s = 0.0
         self._settings = settings
         self._topics = list(topics)
         self._deliver = deliver
@@ -147,6 +163,9 @@ class Intake(Service):  # type: ignore[misc]
         self._epoch = 0
         self._stopping = False
         self._aborted = False
+        self._halted = False  # nothing is begun: Redis lacks what lies before
+        self._rewinding = False  # and the consumer is to go back
+        self._finished: dict[TopicPartition, int] = {}  # before it was
         self._admin = AdminClient(client_config(settings))
         self._begins = AskedOffsets(self._admin, OffsetSpec.earliest())
         self._ends = AskedOffsets(self._admin, OffsetSpec.latest())
@@ -192,7 +211,8 @@ class Intake(Service):  # type: ignore[misc]
             for piece in batch.slices:
                 partition = (piece.topic, piece.partition)
                 held = self._epochs.get(partition) == piece.epoch
-                if held and partition not in self._leaving and not self._stopping:
+                going = not (self._stopping or self._halted)
+                if held and partition not in self._leaving and going:
                     self._tracker.begun(partition, piece.next_offset)
                     current.append(piece)
         metrics.SLICES_STALE.inc(len(batch.slices) - len(current))
@@ -207,6 +227,16 @@ class Intake(Service):  # type: ignore[misc]
                 if self._epochs.get(partition) == piece.epoch:
                     self._tracker.finished(partition, piece.next_offset)
             self.last_progress_s = time.monotonic()
+            self._changed.notify_all()
+
+    def rewind(self) -> None:
+        """Redis lost writes: drop what waits, and read all partitions again from their marks. What
+        was begun must be over, and `done` without its slices. Any thread."""
+        metrics.REDIS_WENT_BACK.inc()
+        with self._changed:
+            self._halted = self._rewinding = True
+            self._finished |= self._tracker.positions()
+            self._tracker.forget(set(self._epochs))
             self._changed.notify_all()
 
     def assigned(self) -> int:
@@ -249,6 +279,7 @@ class Intake(Service):  # type: ignore[misc]
                     self._hand_out(batch, loop)
                     self._wait_for_room(consumer, loop)
                 now_s = time.monotonic()
+                self._mind_redis(consumer, now_s, loop)
                 if now_s >= next_commit_s:
                     self._commit(consumer, synchronous=False)
                     next_commit_s = now_s + _COMMIT_EVERY_S
@@ -258,6 +289,33 @@ class Intake(Service):  # type: ignore[misc]
         finally:
             self.abort()  # closing gives all partitions back, and there is nothing left to wait for
             consumer.close()
+
+    def _mind_redis(
+        self, consumer: kafka.Consumer, now_s: float, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """Go back if that is wanted; ask now and then whether it should be."""
+        if self._marks is None:
+            return
+        if self._rewinding:
+            self._go_back(consumer)
+        elif now_s < self._next_sure_s or not self._epochs:
+            return
+        self._next_sure_s = now_s + _MAKE_SURE_S
+        if self._halted or not self._is_sure(self._marks):
+            # Whoever folds finds it out as well, and has things to forget before the way back.
+            self._hand_out(MicroBatch(()), loop)
+
+    def _is_sure(self, marks: Marks) -> bool:
+        with self._changed:
+            if self._waiting_batches:
+                return True  # as the next save will tell
+        try:
+            marks.advance({})
+        except RedisUnavailable:
+            log.debug("Redis could not be asked", exc_info=True)
+        except WritesLost:
+            return False
+        return True
 
     def _subscribed(self) -> kafka.Consumer:
         config = consumer_config(self._settings, self._protocol, self._commit_answered, self._group)
@@ -325,8 +383,7 @@ class Intake(Service):  # type: ignore[misc]
         key = (*partition, self._epochs.get(partition, -1))
         piece = slices.get(key)
         if piece is None:
-            source = source_key(self._topic_ids.get(key[0]) or key[0], key[1])
-            piece = slices[key] = Slice(*key, source)
+            piece = slices[key] = Slice(*key, self._source_of(partition))
         return piece
 
     def _notice_jumps(self, partition: TopicPartition, offsets: list[int]) -> None:
@@ -468,6 +525,90 @@ class Intake(Service):  # type: ignore[misc]
         log.warning("lost %s: the group went on without this worker", _names(partitions))
         self._drop({(p.topic, p.partition) for p in partitions})
 
+    def _go_back(self, consumer: kafka.Consumer) -> None:
+        """Continue at the marks, under a new epoch: what was fetched before is stale."""
+        with self._changed:
+            self._rewinding = False
+            finished, self._finished = self._finished, {}
+        held = sorted(self._epochs)
+        claimed = self._claim(held)
+        if claimed is None:
+            return  # stopping, or lost once more
+        starts = {place: claimed[0].get(self._source_of(place), 0) for place in held}
+        for place, offset in starts.items():
+            self._ask(partial(consumer.seek, kafka.TopicPartition(*place, offset)))
+        with self._changed:
+            self._epoch += 1
+            self._tracker.forget(set(held))
+            for place, offset in starts.items():
+                self._epochs[place] = self._epoch
+                self._next_offset.pop(place, None)
+                self._tracker.starts(place, offset)
+            self._halted = self._rewinding  # unless it was lost meanwhile
+        self._report_lost({p: (starts[p], at) for p, at in finished.items() if p in starts})
+        self._report_expired(consumer, starts)
+
+    def _begin_at_marks(self, committed: list[Any]) -> None:
+        """Move positions back to where Redis has everything, if more was committed. An offset that
+        does not bear the topic's id was set by a person, who is believed."""
+        claimed = self._claim([(p.topic, p.partition) for p in committed])
+        if claimed is None:
+            return
+        marks, older = claimed
+        lost: dict[TopicPartition, tuple[int, int]] = {}
+        for p in committed:
+            place = (p.topic, p.partition)
+            mark = marks.get(self._source_of(place), p.offset if older else 0)
+            if mark < p.offset and (p.metadata or self._topic_ids[p.topic] is None):
+                lost[place] = (mark, p.offset)
+                p.offset = mark
+        starts = {self._source_of((p.topic, p.partition)): max(0, p.offset) for p in committed}
+        self._ask_redis(lambda marks: marks.advance(starts))
+        if lost:
+            metrics.REDIS_WENT_BACK.inc()
+            self._report_lost(lost)
+
+    def _claim(self, places: Sequence[TopicPartition]) -> tuple[dict[int, int], bool] | None:
+        sources = [self._source_of(place) for place in places]
+        return self._ask_redis(lambda marks: marks.claim(sources))
+
+    def _ask_redis(self, question: Callable[[Marks], T]) -> T | None:
+        """What the marks answer. None when stopping, and where Redis lost writes: then nothing is
+        begun until whoever folds has called `rewind`."""
+        assert self._marks is not None
+        gives_up_s = time.monotonic() + self._settings.redis.patience_s
+        while not (self._stopping or self._aborted):
+            self.last_turn_s = time.monotonic()
+            try:
+                return question(self._marks)
+            except WritesLost:
+                with self._changed:
+                    self._halted = True
+                self._next_sure_s = 0.0
+                return None
+            except RedisUnavailable as error:
+                if time.monotonic() > gives_up_s:
+                    raise
+                log.warning("waiting for Redis: %s", error)
+                time.sleep(_ASK_AGAIN_S)
+        return None
+
+    def _report_lost(self, lost: Mapping[TopicPartition, tuple[int, int]]) -> None:
+        """Say what is read again: from where to where."""
+        for (topic, partition), (mark, offset) in lost.items():
+            if mark < offset:
+                metrics.READ_AGAIN.inc(offset - mark)
+                log.error(
+                    "Redis went back behind what it had acknowledged: %s[%d] is read again from "
+                    "%d on, %d records; profiles come out right. Look at its failover and at its "
+                    "append-only file",
+                    topic, partition, mark, offset - mark,
+                )  # fmt: skip
+
+    def _source_of(self, place: TopicPartition) -> int:
+        topic, partition = place
+        return source_key(self._topic_ids.get(topic) or topic, partition)
+
     def _drop(self, partitions: set[TopicPartition]) -> None:
         with self._changed:
             self._leaving -= partitions
@@ -501,6 +642,8 @@ class Intake(Service):  # type: ignore[misc]
             if p.metadata and p.metadata != self._topic_ids[p.topic]:
                 log.warning("%s[%d] was made again: read from its start", p.topic, p.partition)
                 p.offset = kafka.OFFSET_BEGINNING
+        if self._marks is not None:
+            self._begin_at_marks(committed)
         self._report_expired(
             consumer, {(p.topic, p.partition): p.offset for p in committed if p.offset >= 0}
         )
@@ -533,20 +676,23 @@ class Intake(Service):  # type: ignore[misc]
     def _report_expired(
         self, consumer: kafka.Consumer, next_offsets: dict[TopicPartition, int]
     ) -> None:
-        """Say how many records the broker deleted before this group read them."""
+        """Say how many records the broker deleted before they were saved."""
+        left = dict(next_offsets)
         try:
             for (topic, partition), offset in next_offsets.items():
                 place = kafka.TopicPartition(topic, partition)
                 low, _ = consumer.get_watermark_offsets(place, timeout=_ANSWER_S)
+                del left[(topic, partition)]
                 if offset < low:
                     metrics.RECORDS_EXPIRED.inc(low - offset)
                     log.error(
-                        "%s[%d]: %d records were deleted by retention before they were read; "
+                        "%s[%d]: %d records were deleted by retention before they were saved; "
                         "raise the topic's retention.ms, and rebuild profiles from an archive",
                         topic, partition, low - offset,
                     )  # fmt: skip
         except kafka.KafkaException as error:
             log.warning("could not compare offsets with the topics' start: %s", error)
+            self._jumped_from = left | self._jumped_from  # asked again with the next look
 
     def _report_idleness(self, now_s: float) -> None:
         """Say once when this worker has had no partition for long."""
@@ -567,8 +713,8 @@ class Intake(Service):  # type: ignore[misc]
             self._next_look_s = now_s + _LOOK_EVERY_S
             self._measure_lag(consumer)
             self._report_idleness(now_s)
-            self._report_expired(consumer, self._jumped_from)
-            self._jumped_from.clear()
+            jumped_from, self._jumped_from = self._jumped_from, {}
+            self._report_expired(consumer, jumped_from)
 
     def _measure_lag(self, consumer: kafka.Consumer) -> None:
         """From what is finished to the end, by the answer to the last time's question."""

@@ -72,11 +72,22 @@ SLICES_STALE: Final = Counter(
 )  # fmt: skip
 RECORDS_EXPIRED: Final = Counter(
     "penchant_records_expired",
-    "Records that the broker deleted before they were read. Any: raise the retention",
+    "Records that the broker deleted before they were saved. Any: raise the retention",
     registry=REGISTRY,
 )
 REDIS_RETRIES: Final = Counter(
     "penchant_redis_retries", "Micro-batches tried again because Redis failed", registry=REGISTRY
+)
+REDIS_WENT_BACK: Final = Counter(
+    "penchant_redis_went_back",
+    "Times that Redis lacked what it had acknowledged to this worker, or to the one before: a "
+    "failover to a replica that was behind, or an older file. It is repaired; any: look at Redis",
+    registry=REGISTRY,
+)
+READ_AGAIN: Final = Counter(
+    "penchant_records_read_again",
+    "Records that were committed, or finished here, and are read again because Redis went back",
+    registry=REGISTRY,
 )
 
 PAIRS_SENT: Final = Counter(

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 from profiles import neighbours
 from profiles.arithmetic import EventColumns, Folded, Ints, Keys64, Profiles
+from profiles.errors import WritesLost
+from profiles.marks import Marks
 from profiles.neighbour_store import NeighbourStore
 from profiles.neighbours import Pairs, TallyLayout
 from profiles.schema import Keys
@@ -169,6 +171,8 @@ class NeighbourPart:
                 "batch_deadline_ms": _GATHER_MS,
             }
         )
+        client, keys = settings.redis.connection().open(), Keys(settings.namespace)
+        self._marks = Marks(client, keys, settings.redis.url)
         self.intake = Intake(
             settings.model_copy(update={"stream": stream}),
             [settings.topic(TOPIC)],
@@ -176,15 +180,17 @@ class NeighbourPart:
             on_failure,
             GROUP,
             metrics.PAIRS_GAUGES,
+            self._marks,
         )
         self._folder = NeighbourFolder(
             NeighbourStore(
-                settings.redis.connection().open(),
-                Keys(settings.namespace),
+                client,
+                keys,
                 TallyLayout(half_life_s=settings.profile.half_lives_s[-1]),
                 ttl_s=settings.profile.ttl_days * 86_400,
                 writer=secrets.randbits(64),
                 where=settings.redis.url,
+                marks=self._marks,
             )
         )
         self._patience = patience
@@ -193,9 +199,18 @@ class NeighbourPart:
     async def feed(self, batch: MicroBatch) -> None:
         """Fold one micro-batch, and let its offsets be committed."""
         begun = self.intake.begin(batch)
-        work = self._thread.submit(self._patience, lambda: self._folder.fold(begun))
-        await asyncio.wrap_future(work)
+        try:
+            await self._call(lambda: self._folder.fold(begun))
+            await self._call(lambda: self._marks.advance(begun.ends()))
+        except WritesLost as lost:
+            log.error("%s: pairs are read again", lost)
+            self._marks.begin_anew()
+            self.intake.rewind()
+            begun = MicroBatch(())
         self.intake.done(begun)
+
+    async def _call(self, work: Callable[[], None]) -> None:
+        await asyncio.wrap_future(self._thread.submit(self._patience, work))
 
     def close(self) -> None:
         """Take no more work."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from model.engine import Engine
@@ -51,6 +52,21 @@ def open_space(items: ItemStore, catalogue: Catalogue) -> None:
     publish_ranker(items, catalogue.engine.release)
 
 
+def reopen_space(folder: Path, items: ItemStore, catalogue: Catalogue) -> None:
+    """As `open_space`, where Redis may have lost that it was named; not for a catalogue that is no
+    longer, or not yet, the one to serve. Raises RedisUnavailable."""
+    if catalogue.engine.space == wanted_space(folder):
+        open_space(items, catalogue)
+
+
+def wanted_space(folder: Path) -> str:
+    """The space that CURRENT in this folder of releases leads to; "" where it leads nowhere."""
+    try:
+        return peek(folder / current_name(folder)).space
+    except ModelError:
+        return ""
+
+
 class Swapper:
     """One worker's."""
 
@@ -74,7 +90,7 @@ class Swapper:
             items,
             Migrator(settings.model.releases, items, updater.layout),
             lambda: updater.catalogue,
-            self._wanted_space,
+            lambda: wanted_space(settings.model.releases),
             lambda users, catalogue: updater.foretell(users, catalogue, _PLACES_OF_MOVED),
             per_s=settings.stream.sweep_per_s,
         )
@@ -129,12 +145,6 @@ class Swapper:
         self._updater.swap(catalogue)
         metrics.FLIP_S.observe(time.thread_time() - began_s)
         metrics.RELEASES_SWAPPED.inc()
+        catalogue.refill()
         if before != release.space:
             self._sweeper.wake(before)
-
-    def _wanted_space(self) -> str:
-        folder = self._settings.model.releases
-        try:
-            return peek(folder / current_name(folder)).space
-        except ModelError:
-            return ""

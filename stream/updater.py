@@ -179,6 +179,11 @@ class Updater:
         return self._catalogue
 
     @property
+    def items(self) -> ItemStore:
+        """What its items are kept by."""
+        return self._items
+
+    @property
     def layout(self) -> Layout:
         """What its profiles keep."""
         return self._layout
@@ -197,6 +202,12 @@ class Updater:
         """Serve another release from the next micro-batch on; from any thread. A batch is of one
         release from its first vector to its save."""
         self._catalogue = catalogue
+
+    def forget(self) -> None:
+        """Remember nothing that Redis may have lost. Not while `apply` runs. Raises
+        RedisUnavailable."""
+        self._profiles.forget_cached()
+        self._catalogue.forget()
 
     def warm_up(self) -> None:
         """Make ready what is compiled: half a minute where it never was on such a machine, a
@@ -309,7 +320,8 @@ class Updater:
     # --- prepare
 
     def prepare(self, taken: TakenApart) -> Prepared:
-        """Everything else that does not need profiles. Raises RedisUnavailable."""
+        """Everything else that does not need profiles. Raises RedisUnavailable,
+        WritesLost."""
         catalogue = self._catalogue  # read once: a swap may come at any moment
         with metrics.STAGE_S.labels("prepare").time():
             if self._clock() >= self._next_refresh_s:
@@ -381,7 +393,8 @@ class Updater:
     # --- apply
 
     def apply(self, prepared: Prepared) -> None:
-        """Fold and save. Raises RedisUnavailable and what the profiles' state may raise."""
+        """Fold and save. Raises RedisUnavailable, WritesLost and what the profiles' state may
+        raise."""
         began_s = time.monotonic()
         with metrics.STAGE_S.labels("apply").time():
             catalogue = prepared.catalogue

@@ -26,8 +26,9 @@ from model.engine import Engine
 from model.releases import load_current
 from profiles.arithmetic import Layout
 from profiles.connection import address, refuse_cluster
-from profiles.errors import RedisUnavailable
+from profiles.errors import RedisUnavailable, WritesLost
 from profiles.items import ItemStore
+from profiles.marks import Marks
 from profiles.schema import Keys
 from profiles.store import ProfileStore
 
@@ -42,7 +43,7 @@ from .migration import Migrator
 from .neighbours import GROUP, NeighbourPart, PairSender, pairs_partitions
 from .outlooks import Outlooks
 from .settings import Settings
-from .swapping import Swapper, open_space
+from .swapping import Swapper, open_space, reopen_space
 from .topics import connect, keeps_arrival_times
 from .updater import Prepared, Updater
 
@@ -62,6 +63,7 @@ _RETRY_MOST_S: Final = 5.0
 _GC_THRESHOLDS: Final = (50_000, 10, 10)
 # A start that takes longer than this has compiled.
 _WARM_S: Final = 5.0
+_NOTHING: Final = MicroBatch(())
 # At the end, for threads to notice that nothing more is expected of them.
 _REST_S: Final = 0.5
 
@@ -89,8 +91,19 @@ def profile_layout(settings: Settings, dimensions: int) -> Layout:
     )
 
 
-def build_updater(settings: Settings, engine: Engine, partitions: int) -> Updater:
-    """An updater on real stores. `partitions`: of the events topic."""
+def build_marks(settings: Settings) -> Marks:
+    """Of this process' saves, on a connection of their own. Before anything is written."""
+    client, keys = settings.redis.connection().open(), Keys(settings.namespace)
+    marks = Marks(client, keys, settings.redis.url)
+    older = ItemStore(client, keys, settings.redis.url).current_space() != ""
+    marks.first(older=older)
+    return marks
+
+
+def build_updater(
+    settings: Settings, engine: Engine, partitions: int, marks: Marks | None = None
+) -> Updater:
+    """An updater on real stores. `partitions`: of the events topic; `marks`: of what it saves."""
     client = settings.redis.connection().open()
     refuse_cluster(client, address(settings.redis.url))
     keys = Keys(settings.namespace)
@@ -99,7 +112,7 @@ def build_updater(settings: Settings, engine: Engine, partitions: int) -> Update
         weights = event_weights(settings.profile.weights)
     except ValueError as error:
         raise UserError(f"the profile settings (PROFILE_…) cannot be used: {error}") from error
-    items = ItemStore(client, keys, settings.redis.url)
+    items = ItemStore(client, keys, settings.redis.url, marks)
     catalogue = Catalogue(engine, items, engine.release.load_item_vectors())
     open_space(items, catalogue)
     store = ProfileStore(
@@ -110,6 +123,7 @@ def build_updater(settings: Settings, engine: Engine, partitions: int) -> Update
         writer=secrets.randbits(64),
         where=settings.redis.url,
         cached=settings.stream.cached_profiles,
+        marks=marks,
     )
     updater = Updater(
         settings,
@@ -142,12 +156,10 @@ def _warm_up(updater: Updater) -> None:
 
 
 def build_swapper(settings: Settings, updater: Updater) -> Swapper:
-    """What puts new releases into this updater, on stores of its own."""
+    """What puts new releases into this updater. It sweeps with a store of its own."""
     client = settings.redis.connection().open()
-    keys = Keys(settings.namespace)
-    items = ItemStore(client, keys, settings.redis.url)
     store = _own_store(settings, updater.layout, client)
-    return Swapper(settings, updater, client, keys, store, items)
+    return Swapper(settings, updater, client, Keys(settings.namespace), store, updater.items)
 
 
 def build_outlooks(
@@ -182,25 +194,38 @@ class Pipeline:
 
     def __init__(
         self,
+        settings: Settings,
         updater: Updater,
         patience: Patience,
         on_failure: Callable[[BaseException], None],
+        marks: Marks,
     ) -> None:
+        """`marks`: of what the updater saves."""
+        self._settings = settings
         self._patience = patience
         self._updater = updater
         self._on_failure = on_failure
+        self._marks = marks
         self._prepare = ThreadPoolExecutor(1, "prepare")
         self._apply = ThreadPoolExecutor(1, "apply")
         self._calls: set[Future[Any]] = set()
         self._applying: asyncio.Task[None] | None = None
+        self._rewinds = 0
 
     async def feed(self, batch: MicroBatch, intake: Intake) -> None:
         """Prepare a batch, and start to apply it once the one before is applied."""
-        begun = intake.begin(batch)
+        rewinds, begun = self._rewinds, intake.begin(batch)
         metrics.BATCH_RECORDS.observe(begun.records)
-        prepared = await self._call(self._prepare, self._prepared, begun)
+        prepared: Prepared | WritesLost
+        try:
+            prepared = await self._call(self._prepare, self._prepared, begun)
+        except WritesLost as lost:
+            prepared = lost
         if self._applying is not None:
             await self._applying  # raises if it failed: a later batch must never pass a failed one
+        if rewinds != self._rewinds:
+            intake.done(_NOTHING)  # it came behind what was lost, and comes again
+            return
         self._applying = asyncio.create_task(self._finish(begun, prepared, intake))
         self._applying.add_done_callback(self._surface)
 
@@ -213,9 +238,39 @@ class Pipeline:
         taken = self._updater.take_apart(begun)
         return self._patience(lambda: self._updater.prepare(taken))
 
-    async def _finish(self, begun: MicroBatch, prepared: Prepared, intake: Intake) -> None:
-        await self._call(self._apply, self._patience, lambda: self._updater.apply(prepared))
+    async def _finish(
+        self, begun: MicroBatch, prepared: Prepared | WritesLost, intake: Intake
+    ) -> None:
+        try:
+            if isinstance(prepared, WritesLost):
+                raise prepared
+            await self._call(self._apply, self._applied, (begun, prepared))
+        except WritesLost as lost:
+            log.error("%s: what is remembered is dropped, and read again", lost)
+            # On the thread that prepares: behind what it has in hand, which goes back to before.
+            await self._call(self._prepare, self._patience, self._begin_anew)
+            self._rewinds += 1
+            intake.rewind()
+            begun = _NOTHING
         intake.done(begun)
+
+    def _applied(self, work: tuple[MicroBatch, Prepared]) -> None:
+        begun, prepared = work
+        self._patience(lambda: self._updater.apply(prepared))
+        self._patience(lambda: self._marks.advance(begun.ends()))
+
+    def _begin_anew(self) -> None:
+        try:
+            self._updater.forget()
+            self._marks.begin_anew()
+            # Before the space: where a namespace without this has one, a worker that starts takes
+            # committed offsets for saved.
+            self._marks.first(older=False)
+            folder, updater = self._settings.model.releases, self._updater
+            reopen_space(folder, updater.items, updater.catalogue)
+        except WritesLost as lost:
+            log.error("%s once more", lost)
+            self._begin_anew()
 
     async def _call(self, thread: ThreadPoolExecutor, function: Callable[[A], T], argument: A) -> T:
         call = thread.submit(function, argument)
@@ -298,10 +353,11 @@ class Worker:
             item_rows=model.item_rows,
         )
         patience = Patience(settings.redis.patience_s)
-        updater = patience(lambda: build_updater(settings, engine, partitions))
+        marks = patience(lambda: build_marks(settings))
+        updater = patience(lambda: build_updater(settings, engine, partitions, marks))
         self._swapper = build_swapper(settings, updater)
         self._outlooks = build_outlooks(settings, updater, self._failed)
-        self._pipeline = Pipeline(updater, patience, self._failed)
+        self._pipeline = Pipeline(settings, updater, patience, self._failed, marks)
         self.error: BaseException | None = None
         self._neighbours: NeighbourPart | None = None
         settings.stream.data_dir.mkdir(parents=True, exist_ok=True)
@@ -315,7 +371,7 @@ class Worker:
             autodiscover=False,
         )
         channel = self.app.channel()
-        self.intake = Intake(settings, topics, channel.put, self._failed)
+        self.intake = Intake(settings, topics, channel.put, self._failed, marks=marks)
         self.app.penchant_services = (self.intake,)
 
         self._feed_from(channel, "updater", lambda batch: self._pipeline.feed(batch, self.intake))

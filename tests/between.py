@@ -32,6 +32,10 @@ class Between:
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def lead_to(self, upstream: int) -> None:
+        """New connections go to another port."""
+        self._upstream = upstream
+
     def close(self) -> None:
         """No new connections; those that are open end with their client."""
         self._listener.close()
@@ -47,8 +51,12 @@ class Between:
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        server = socket.create_connection(("127.0.0.1", self._upstream))
-        with client, server, suppress(OSError):  # a client that trusts no certificate hangs up
+        # A client that trusts no certificate hangs up; a server may be down.
+        with (
+            suppress(OSError),
+            client,
+            socket.create_connection(("127.0.0.1", self._upstream)) as server,
+        ):
             while True:
                 ready, _, _ = select.select([client, server], [], [])
                 if client in ready:

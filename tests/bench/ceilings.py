@@ -20,6 +20,7 @@ import numpy as np
 from profiles.arithmetic import EventColumns, Layout
 from profiles.cache import Row
 from profiles.kernel import Folded
+from profiles.marks import Marks, steps_of
 from profiles.neighbours import LANES
 from profiles.schema import TYPE_CODE, Keys
 from profiles.store import ProfileStore
@@ -88,7 +89,8 @@ def _profiles(settings: Settings, users: Sequence[str], space: int) -> tuple[flo
     client = settings.redis.connection().open()
     keys = Keys(settings.namespace)
     layout = profile_layout(settings, settings.model.dimensions)
-    store = ProfileStore(client, keys, layout, ttl_s=settings.profile.ttl_days * 86_400, writer=1)
+    ttl_s, marks = settings.profile.ttl_days * 86_400, Marks(client, keys)
+    store = ProfileStore(client, keys, layout, ttl_s=ttl_s, writer=1, marks=marks)
     asking = client.pipeline(transaction=False)
     for user in users[:1000]:
         asking.hstrlen(keys.profile(user), "state")
@@ -122,9 +124,13 @@ def _packed(
     store: ProfileStore, users: Sequence[str], rows: list[Row], events: EventColumns, space: int
 ) -> Folded:
     """The saves of these users after one more event each, as commands to Redis."""
-    folded = store._kernel.fold(
-        users, rows, events, 0, space, int(events.offset[0]), time.time(), lambda keys: {}, {1}
-    )
+    calls = -(-len(users) // 256)
+    with steps_of(store._marks, store._keys, calls) as steps:
+        folded = store._kernel.fold(
+            users, rows, events, 0, space, int(events.offset[0]), time.time(), lambda keys: {}, {1},
+            steps,
+        )  # fmt: skip
+        steps.made = 0  # what the other lane has is not waited for
     folded.payload = memoryview(bytes(folded.payload))  # the other lanes' go into the same buffer
     return folded
 

@@ -12,10 +12,13 @@ from concurrent.futures import Future
 from typing import Any, Self
 
 import pytest
-from confluent_kafka import Producer, TopicPartition
+import redis
+from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from profiles.schema import source_key
+from profiles.errors import WritesLost
+from profiles.marks import Marks
+from profiles.schema import Keys, source_key
 from stream import metrics
 from stream.intake import Intake, IntakeFailed, MicroBatch, Slice
 from stream.local_stack import ApacheKafka, Tansu
@@ -33,11 +36,19 @@ class Reader:
     """An intake in an event loop of its own, on a thread. Batches queue up until the test takes
     them, or are begun and done as they come."""
 
-    def __init__(self, settings: Settings, topics: Sequence[str], *, at_once: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        topics: Sequence[str],
+        *,
+        at_once: bool,
+        marks: Marks | None = None,
+    ) -> None:
         self.waiting: list[MicroBatch] = []
         self.begun: list[MicroBatch] = []
         self.error: BaseException | None = None
         self._at_once = at_once
+        self._marks = marks
         self._failed = threading.Event()
         self._ready: Future[Intake] = Future()
         self._stop: asyncio.Event | None = None
@@ -87,7 +98,7 @@ class Reader:
 
     async def _run(self, settings: Settings, topics: Sequence[str]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        intake = Intake(settings, topics, self._deliver, self._fail)
+        intake = Intake(settings, topics, self._deliver, self._fail, marks=self._marks)
         await intake.start()
         self._ready.set_result(intake)
         await self._stop.wait()
@@ -111,8 +122,12 @@ class Topic:
         create_topics(settings)
         self._producer = Producer(settings.kafka.client_config())
 
-    def read(self, *, at_once: bool = True) -> Reader:
-        return Reader(self.settings, [self.name], at_once=at_once)
+    def read(self, *, at_once: bool = True, marks: Marks | None = None) -> Reader:
+        return Reader(self.settings, [self.name], at_once=at_once, marks=marks)
+
+    def source(self, partition: int = 0) -> int:
+        admin = AdminClient(self.settings.kafka.client_config())
+        return source_key(topic_ids(admin, [self.name])[self.name] or "", partition)
 
     def send(self, count: int, partition: int = 0, value: bytes = b"{}", **record: Any) -> None:
         for _ in range(count):
@@ -679,3 +694,180 @@ def test_a_broker_that_dies_and_comes_back_is_waited_for(
         topic.wait_committed(20, 1)
         assert reader.error is None
         assert ends(topic.settings, [topic.name]) == {(topic.name, 1): 20}
+
+
+# --- where Redis has less than was committed ----------------------------------------------
+
+
+@pytest.fixture
+def marks(redis_client: redis.Redis, namespace: str) -> Marks:
+    return Marks(redis_client, Keys(namespace))
+
+
+def offsets_of(batches: Sequence[MicroBatch]) -> list[int]:
+    return [offset for batch in batches for piece in batch.slices for offset in piece.offsets]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_after_a_rewind_what_waits_is_stale_and_the_mark_is_where_it_goes_on(
+    make_topic: MakeTopic, marks: Marks, protocol: str
+) -> None:
+    topic = make_topic(group_protocol=protocol)
+    topic.send(10)
+    with topic.read(at_once=False, marks=marks) as reader:
+        begun = []
+        while len(offsets_of(begun)) < 10:
+            begun.append(reader.take())
+        marks.advance({topic.source(): 4})
+        for batch in begun:
+            reader.done(batch)
+        topic.send(5)
+        eventually("more waits", lambda: len(offsets_of(reader.waiting)) == 5)
+        fetched_before = len(reader.waiting)
+        reader.intake.rewind()
+        stale = [reader.take() for _ in range(fetched_before)]
+        assert offsets_of(stale) == []
+        for batch in stale:
+            reader.done(batch)
+        again: list[MicroBatch] = []
+        while len(offsets_of(again)) < 11:
+            again.append(reader.take())
+            reader.done(again[-1])
+        assert offsets_of(again) == list(range(4, 15))
+        topic.wait_committed(15)
+
+
+def test_what_retention_took_before_it_could_be_read_again_is_counted_and_told(
+    make_topic: MakeTopic, marks: Marks, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = _expired()
+    topic = make_topic()
+    topic.send(10)
+    with caplog.at_level(logging.ERROR), topic.read(marks=marks) as reader:
+        topic.wait_committed(10)
+        marks.advance({topic.source(): 4})
+        _delete_up_to(topic, 7)
+        reader.intake.rewind()
+        eventually("the rest is read again", lambda: reader.records() == 13)
+        assert offsets_of(reader.begun)[10:] == [7, 8, 9]
+        eventually("it is counted", lambda: _expired() - before == 3, 30)
+    assert "3 records were deleted by retention before they were saved" in caplog.text
+
+
+def test_a_worker_that_was_told_of_a_loss_goes_back_although_the_next_answer_is_good(
+    make_topic: MakeTopic, marks: Marks, redis_client: redis.Redis, namespace: str
+) -> None:
+    """As between two primaries: else it would hold back for good."""
+    topic = make_topic(partitions=1)
+    topic.send(3)
+    with topic.read(at_once=False, marks=marks) as reader:
+        eventually("it holds the partition", lambda: reader.intake.assigned())
+        reader.done(reader.take())
+        trail = next(redis_client.scan_iter(f"{namespace}:trail:*"))
+        held = redis_client.dump(trail)
+        redis_client.delete(trail)
+        eventually("it noticed", lambda: reader.waiting, 30)
+        redis_client.restore(trail, 0, held)
+        with pytest.raises(WritesLost):
+            marks.advance({})
+        reader.done(reader.take())
+        marks.begin_anew()
+        reader.intake.rewind()
+        again = reader.take()
+        assert offsets_of([again]) == [0, 1, 2]
+        reader.done(again)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_partition_that_is_taken_away_during_a_rewind_begins_at_its_mark_elsewhere(
+    make_topic: MakeTopic, marks: Marks, protocol: str
+) -> None:
+    topic = make_topic(partitions=2, group_protocol=protocol)
+    for partition in range(2):
+        topic.send(10, partition)
+    with topic.read(at_once=False, marks=marks) as one:
+        while one.records() < 20:
+            one.done(one.take())
+        for partition in range(2):
+            topic.wait_committed(10, partition)
+            topic.send(2, partition)
+        begun: list[MicroBatch] = []
+        while len(offsets_of(begun)) < 4:
+            begun.append(one.take())
+        marks.advance({topic.source(partition): 4 for partition in range(2)})
+        with topic.read(marks=marks) as two:
+            eventually("it waits for what is in hand", one.intake.draining, 30)
+            one.intake.rewind()
+            for batch in begun:
+                one.done(batch)
+            eventually("each has one", lambda: two.intake.assigned() == 1, 30)
+            eventually("what was lost is read", lambda: two.records() == 8)
+            mine = one.take()
+            assert offsets_of(two.begun) == offsets_of([mine]) == list(range(4, 12))
+            one.done(mine)
+
+
+def test_a_reader_begins_at_the_mark_where_more_was_committed(
+    make_topic: MakeTopic, marks: Marks, redis_client: redis.Redis, namespace: str
+) -> None:
+    topic = make_topic()
+    topic.send(10)
+    with topic.read(marks=marks):
+        topic.wait_committed(10)
+    redis_client.hset(Keys(namespace).marks(), f"{topic.source():016x}", 7)
+    with topic.read(marks=marks) as reader:
+        eventually("what was lost is read again", lambda: reader.records() == 3)
+        assert offsets_of(reader.begun) == [7, 8, 9]
+
+
+def test_offsets_from_before_there_were_marks_are_believed(
+    make_topic: MakeTopic, marks: Marks
+) -> None:
+    topic = make_topic()
+    topic.send(10)
+    with topic.read():
+        topic.wait_committed(10)
+    marks.first(older=True)
+    with topic.read(marks=marks) as reader:
+        eventually("it holds the partition", lambda: reader.intake.assigned())
+        topic.send(1)
+        eventually("it goes on", lambda: reader.records() == 1)
+        assert offsets_of(reader.begun) == [10]
+    assert marks.claim([topic.source()])[0] == {topic.source(): 10}
+
+
+def test_a_redis_without_marks_has_nothing_of_what_was_committed(
+    make_topic: MakeTopic, marks: Marks
+) -> None:
+    topic = make_topic()
+    topic.send(10)
+    with topic.read():
+        topic.wait_committed(10)
+    with topic.read(marks=marks) as reader:
+        eventually("all is read again", lambda: reader.records() == 10)
+
+
+def test_an_offset_that_a_person_set_is_believed(make_topic: MakeTopic, marks: Marks) -> None:
+    topic = make_topic()
+    topic.send(10)
+    with topic.read(marks=marks):
+        eventually("nothing is saved of it", lambda: topic.committed() == 10)
+    config = topic.settings.kafka.client_config() | {"group.id": topic.settings.topic("updater")}
+    person = Consumer(config)
+    person.commit(offsets=[TopicPartition(topic.name, 0, 6)], asynchronous=False)
+    person.close()
+    with topic.read(marks=marks) as reader:
+        eventually("it goes on there", lambda: reader.records() == 4)
+        assert offsets_of(reader.begun) == [6, 7, 8, 9]
+    assert marks.claim([topic.source()])[0] == {topic.source(): 6}
+
+
+def test_a_redis_that_lost_a_claim_is_told_to_whoever_folds(
+    make_topic: MakeTopic, marks: Marks, redis_client: redis.Redis
+) -> None:
+    topic = make_topic()
+    with topic.read(at_once=False, marks=marks) as reader:
+        eventually("it holds the partition", lambda: reader.intake.assigned())
+        redis_client.flushdb()
+        eventually("an empty micro-batch", lambda: reader.waiting, 30)
+        assert reader.waiting[0].slices == ()

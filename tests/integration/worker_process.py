@@ -36,6 +36,7 @@ from stream.settings import Settings
 from stream.updater_app import (
     Patience,
     Pipeline,
+    build_marks,
     build_outlooks,
     build_swapper,
     build_updater,
@@ -121,12 +122,13 @@ class LocalWorker:
         engine = Engine(load_current(settings.model.releases), device="cpu", threads=1)
         self.error: BaseException | None = None
         patience = Patience(settings.redis.patience_s)
-        self.updater = patience(lambda: build_updater(settings, engine, partitions))
+        marks = patience(lambda: build_marks(settings))
+        self.updater = patience(lambda: build_updater(settings, engine, partitions, marks))
         self.swapper = build_swapper(settings, self.updater)
         self.outlooks = build_outlooks(settings, self.updater, self._fail)
-        self.pipeline = Pipeline(self.updater, patience, self._fail)
+        self.pipeline = Pipeline(settings, self.updater, patience, self._fail, marks)
         self._batches: asyncio.Queue[MicroBatch] = asyncio.Queue()
-        self.intake = Intake(settings, topics, self._batches.put, self._fail)
+        self.intake = Intake(settings, topics, self._batches.put, self._fail, marks=marks)
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)

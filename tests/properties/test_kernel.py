@@ -15,6 +15,7 @@ from profiles import arithmetic, schema
 from profiles.arithmetic import Layout
 from profiles.fates import APPLIED
 from profiles.kernel import Folded, Kernel
+from profiles.trail import Steps
 from tests.oracle import Event
 from tests.profile_events import (
     CATEGORY_OF,
@@ -32,6 +33,7 @@ from tests.profile_events import (
 KEYS = schema.Keys("shop")
 SHA, TTL_S, CHUNK, WRITER, NOW_S = "ab" * 20, 86_400, 3, 77, 1_760_000_000.5
 NAMES = {key: f"Gärten > {i}" for i, key in enumerate(sorted(set(CATEGORY_OF.values())))}
+STEPS = Steps("shop:trail:é", [("1", str(7 + i), f"3,{6 + i},12") for i in range(1_000)], 1_000)
 Row = tuple[bytes, bytes]
 
 
@@ -48,7 +50,7 @@ def fold(
     users = sorted({event.user_id for event in events})
     stored = [rows.get(user, (b"", b"")) for user in users]
     folded = kernel(layout).fold(
-        users, stored, columns(events, users), 0, SPACE, WRITER, NOW_S, _known, sources
+        users, stored, columns(events, users), 0, SPACE, WRITER, NOW_S, _known, sources, STEPS
     )
     return users, folded
 
@@ -113,12 +115,14 @@ def assert_same(rows: dict[str, Row], events: Sequence[Event], layout: Layout = 
     got = commands(bytes(folded.payload))
     assert len(got) == folded.calls
     keys, arguments = [], []
-    for command in got:
-        n = int(command[2])
+    for command, tail in zip(got, STEPS.tails, strict=False):
+        n = int(command[2]) - 1
         assert command[:2] == [b"EVALSHA", SHA.encode()]
         assert n <= CHUNK
         keys += command[3 : 3 + n]
-        arguments += [command[i : i + 5] for i in range(3 + n, len(command), 5)]
+        assert command[3 + n] == STEPS.key.encode()
+        arguments += [command[i : i + 5] for i in range(4 + n, len(command) - 3, 5)]
+        assert command[-3:] == [part.encode() for part in tail]
     assert keys == [KEYS.profile(user).encode() for user in written]
     for user, mine in zip(written, arguments, strict=True):
         assert mine == five[users.index(user)], user
