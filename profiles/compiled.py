@@ -638,7 +638,7 @@ def _begin(tally):
         tally.later_n[i] = 0
 
 
-@inner
+@inlined
 def _add_to(tally, key, mass):
     i, n = 0, tally.n[0]
     while i < n and _key(tally, i) < key:
@@ -665,7 +665,7 @@ def _finish(tally):
             tally.kf[3 * i + 2] += tally.later[i]
 
 
-@inner
+@inlined
 def _bound(tally, most, gone):
     """Beyond the bound the smallest leave, of equal ones the last; their masses, in this order,
     are in `gone` then. How many; -1 where a better sort is wanted."""
