@@ -277,10 +277,12 @@ class FadingNeighbours:
     def _grow(self, now_ms: float) -> None:
         if self._since_ms is None:
             self._since_ms = now_ms
-        self._grown = 2.0 ** max((now_ms - self._since_ms) / self._half_life_ms, 0.0)
+        # After a thousand half-lives nothing is left, and a float64 still holds the number.
+        gone = min((now_ms - self._since_ms) / self._half_life_ms, 1_000.0)
+        self._grown = 2.0 ** max(gone, 0.0)
         if self._grown > _MOST_GROWN:
-            self._pairs /= np.float32(self._grown)
-            self._counts /= np.float32(self._grown)
+            self._pairs *= np.float32(1.0 / self._grown)
+            self._counts *= np.float32(1.0 / self._grown)
             self._since_ms, self._grown = now_ms, 1.0
 
 
