@@ -25,6 +25,8 @@ from .prequential import NO_ITEM, Events, Scorer
 MOST_ITEMS: Final = 30_000  # 3.6 GB of pair counts
 DAY_MS: Final = 86_400_000.0
 HALF_LIVES_MS: Final = (1_800_000.0, DAY_MS, 30 * DAY_MS)  # of a profile's time scales
+OWN_HALF_LIFE_MS: Final = 3 * HALF_LIVES_MS[-1]  # of its own items
+OWN_ITEMS: Final = 64  # that it keeps
 
 _TIE_BREAK: Final = 1e-6
 _NO_ITEMS: Final[Int32s] = np.zeros(0, dtype=np.int32)
@@ -67,41 +69,84 @@ class OwnFrequency:
     def __init__(self, n_items: int, decay: float = 0.9) -> None:
         self._n_items, self._decay = n_items, decay
         self._popular = Popular(n_items)
-        self._own: dict[int, tuple[Ints, NDArray[np.float64], Ints]] = {}
+        self._own: dict[int, tuple[Ints, NDArray[np.float64]]] = {}
 
     def scores(self, users: Ints, t_ms: Ints) -> Floats:
-        return self.masses(users) + np.float32(_TIE_BREAK) * self._popular.scores(users, t_ms)
-
-    def masses(self, users: Ints) -> Floats:
-        """(n, n_items) what each shopper had, decayed; 0 = never."""
         masses = np.zeros((len(users), self._n_items), dtype=np.float32)
         for row, user in enumerate(users.tolist()):
             if user in self._own:
-                items, mass, _ = self._own[user]
+                items, mass = self._own[user]
                 masses[row, items] = mass
-        return masses
-
-    def ages_ms(self, users: Ints, t_ms: Ints) -> Floats:
-        """(n, n_items) since each shopper had each item last; 0 = never, or now."""
-        ages = np.zeros((len(users), self._n_items), dtype=np.float32)
-        for row, (user, now_ms) in enumerate(zip(users.tolist(), t_ms.tolist(), strict=True)):
-            if user in self._own:
-                items, _, latest_ms = self._own[user]
-                ages[row, items] = now_ms - latest_ms
-        return ages
+        return masses + np.float32(_TIE_BREAK) * self._popular.scores(users, t_ms)
 
     def update(self, events: Events) -> None:
         self._popular.update(events)
-        nothing = np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64)
-        for user, t_ms, basket in baskets(_positive(events)):
-            items, mass, latest_ms = self._own.get(user, nothing)
+        nothing = np.zeros(0, np.int64), np.zeros(0)
+        for user, _, basket in baskets(_positive(events)):
+            items, mass = self._own.get(user, nothing)
             items, place = np.unique(
                 np.concatenate([items, basket.astype(np.int64)]), return_inverse=True
             )
             share = np.concatenate([mass * self._decay, np.ones(len(basket))])
-            times = np.zeros(len(items), dtype=np.int64)
-            np.maximum.at(times, place, np.append(latest_ms, np.full(len(basket), t_ms)))
-            self._own[user] = items, np.bincount(place, share).astype(np.float64), times
+            self._own[user] = items, np.bincount(place, share).astype(np.float64)
+
+
+class OwnItems:
+    """The shopper's own items as a profile tallies them: weights that fade in time, and of each
+    shopper the `most` heaviest.
+
+    What the shopper never had, or disliked, is ordered by popularity.
+    """
+
+    def __init__(
+        self,
+        n_users: int,
+        n_items: int,
+        half_life_ms: float = OWN_HALF_LIFE_MS,
+        most: int = OWN_ITEMS,
+    ) -> None:
+        self._n_items, self._half_life_ms, self._most = n_items, half_life_ms, most
+        self._popular = Popular(n_items)
+        self._now_ms = np.zeros(n_users, dtype=np.int64)
+        # Items and masses of each shopper, and the time that these are of.
+        self._own: dict[int, tuple[Ints, NDArray[np.float64], int]] = {}
+
+    def scores(self, users: Ints, t_ms: Ints) -> Floats:
+        masses = self.masses(users)
+        heaviest = masses.max(axis=1, keepdims=True, initial=np.float32(1e-30))
+        popular = np.float32(_TIE_BREAK) * self._popular.scores(users, t_ms)
+        return np.asarray(masses / heaviest + popular)
+
+    def masses(self, users: Ints) -> Floats:
+        """(n, n_items) decayed to the shopper's latest event; 0 = never, or disliked."""
+        masses = np.zeros((len(users), self._n_items), dtype=np.float32)
+        for row, user in enumerate(users.tolist()):
+            if user in self._own:
+                items, mass, t_ms = self._own[user]
+                masses[row, items] = np.maximum(mass * self._share(self._now_ms[user] - t_ms), 0.0)
+        return masses
+
+    def update(self, events: Events) -> None:
+        self._popular.update(events)
+        np.maximum.at(self._now_ms, events.user, events.t_ms)
+        events = events.take((events.item != NO_ITEM) & (events.weight != 0))
+        order = np.lexsort((events.t_ms, events.user))
+        bounds = np.flatnonzero(np.diff(events.user[order], prepend=-1, append=-1))
+        for first, last in pairwise(bounds.tolist()):
+            self._tell(int(events.user[order[first]]), events.take(order[first:last]))
+
+    def _tell(self, user: int, events: Events) -> None:
+        now_ms = int(events.t_ms[-1])
+        items, mass, t_ms = self._own.get(user, (np.zeros(0, np.int64), np.zeros(0), now_ms))
+        added = events.weight * self._share(now_ms - events.t_ms)
+        items, place = np.unique(np.concatenate([items, events.item]), return_inverse=True)
+        both = np.concatenate([mass * self._share(now_ms - t_ms), added])
+        mass = np.bincount(place, both).astype(np.float64)
+        kept = np.sort(np.argsort(-np.abs(mass), kind="stable")[: self._most])
+        self._own[user] = items[kept], mass[kept], now_ms
+
+    def _share(self, age_ms: Ints | int) -> NDArray[np.float64]:
+        return np.asarray(2.0 ** (-np.asarray(age_ms) / self._half_life_ms))
 
 
 class LastBasket:
@@ -232,10 +277,12 @@ class FadingNeighbours:
     def _grow(self, now_ms: float) -> None:
         if self._since_ms is None:
             self._since_ms = now_ms
-        self._grown = 2.0 ** max((now_ms - self._since_ms) / self._half_life_ms, 0.0)
+        # After a thousand half-lives nothing is left, and a float64 still holds the number.
+        gone = min((now_ms - self._since_ms) / self._half_life_ms, 1_000.0)
+        self._grown = 2.0 ** max(gone, 0.0)
         if self._grown > _MOST_GROWN:
-            self._pairs /= np.float32(self._grown)
-            self._counts /= np.float32(self._grown)
+            self._pairs *= np.float32(1.0 / self._grown)
+            self._counts *= np.float32(1.0 / self._grown)
             self._since_ms, self._grown = now_ms, 1.0
 
 

@@ -13,7 +13,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .baselines import DAY_MS, FadingNeighbours, OwnFrequency, Popular, TextSteps
+from .baselines import (
+    DAY_MS,
+    OWN_HALF_LIFE_MS,
+    FadingNeighbours,
+    OwnItems,
+    Popular,
+    TextSteps,
+)
 from .candidate import Candidate
 from .evaluate import Floats, Int32s, Ints
 from .prequential import NO_ITEM, Events
@@ -39,10 +46,10 @@ class ProfileSignals:
         *,
         fading: bool = True,
     ) -> None:
-        """`vectors` (N, D) unit rows of the items, until `swap`. Counts and pairs of items fade,
+        """`vectors` (N, D) unit rows of the items, until `swap`. Counts, pairs and own items fade,
         unless the times are made up."""
         self._n_users, n_items = n_users, len(vectors)
-        self._own = OwnFrequency(n_items)
+        self._own = OwnItems(n_users, n_items, OWN_HALF_LIFE_MS if fading else np.inf)
         self._near = FadingNeighbours(n_items, _HALF_LIFE_MS if fading else np.inf)
         self._items = Popular(n_items, _HALF_LIFE_MS if fading else np.inf)
         self._recent = Popular(n_items, _RECENT_MS if fading else np.inf)
@@ -77,13 +84,10 @@ class ProfileSignals:
         items = np.zeros((*own.shape, len(ITEM)), dtype=np.float32)
         items[..., 0] = np.log1p(self._items.counts(latest))
         items[..., 1] = np.log1p(self._recent.counts(latest))
-        items[..., 2] = np.log1p(self._own.ages_ms(users, t_ms) / DAY_MS)
-        had = (own > 0).sum(axis=1)
-        events = self._users.count[users]
-        shopper = np.stack(
-            [np.log1p(events), np.log1p(had), 1 - had / np.maximum(events, 1)], axis=-1
-        )
-        return signals, items, shopper.astype(np.float32)
+        last_ms, shopper = self._users.liked(users, own.shape[1])
+        had = last_ms >= 0
+        items[..., 2] = np.log1p(np.where(had, t_ms[:, None] - last_ms, 0) / DAY_MS)
+        return signals, items, shopper
 
     def chances(self, users: Ints) -> dict[str, Floats]:
         """What the heads say (n,) of `users` (n,), who have events; {} before the first swap."""
@@ -112,12 +116,16 @@ class _Users:
     def __init__(self, n_users: int, length: int, item_ids: Sequence[str]) -> None:
         hashes = [hashlib.sha256(item_id.encode()).digest()[:8] for item_id in item_ids]
         self._order = np.frombuffer(b"".join([*hashes, bytes(8)]), "<u8")  # NO_ITEM is the last
-        self.count = np.zeros(n_users, dtype=np.int64)
+        self.events = np.zeros(n_users, dtype=np.int64)
+        self.count = np.zeros(n_users, dtype=np.int64)  # of events with a weight
         self._item = np.full((n_users, length), NO_ITEM, dtype=np.int32)
         self._type = np.zeros((n_users, length), dtype=np.uint8)
         self._t_ms = np.zeros((n_users, length), dtype=np.int64)
+        self._weight = np.zeros((n_users, length), dtype=np.float32)
 
     def update(self, events: Events) -> None:
+        np.add.at(self.events, events.user, 1)
+        events = events.take(events.weight != 0)
         length = self._item.shape[1]
         order = np.lexsort((events.type, events.weight, self._order[events.item], events.t_ms))
         for i, user in zip(order.tolist(), events.user[order].tolist(), strict=True):
@@ -125,13 +133,34 @@ class _Users:
             self._item[user, at] = events.item[i]
             self._type[user, at] = events.type[i]
             self._t_ms[user, at] = events.t_ms[i]
+            self._weight[user, at] = events.weight[i]
             self.count[user] += 1
 
     def windows(self, users: Ints) -> tuple[Int32s, NDArray[np.uint8], Ints, Ints]:
         """Items, types and times (n, L), oldest first, and lengths (n,)."""
+        at, length = self._places(users)
+        rows = users[:, None]
+        return self._item[rows, at], self._type[rows, at], self._t_ms[rows, at], length
+
+    def liked(self, users: Ints, n_items: int) -> tuple[Ints, Floats]:
+        """When each item (n, n_items) was last in the window and liked, -1 = is not; and the
+        shoppers' features (n, 3), as `profiles/ranking.py` has them."""
+        at, length = self._places(users)
+        rows = users[:, None]
+        item = self._item[rows, at]
+        good = (np.arange(at.shape[1]) < length[:, None]) & (self._weight[rows, at] > 0)
+        good &= item != NO_ITEM
+        last_ms = np.full((len(users), n_items), -1, dtype=np.int64)
+        row, place = np.nonzero(good)  # oldest first, and the last of equals stays
+        last_ms[row, item[row, place]] = self._t_ms[rows, at][row, place]
+        had, times = (last_ms >= 0).sum(axis=1), good.sum(axis=1)
+        repeats = np.where(times, 1 - had / np.maximum(times, 1), 0)
+        shopper = np.stack([np.log1p(self.events[users]), np.log1p(had), repeats], axis=-1)
+        return last_ms, shopper.astype(np.float32)
+
+    def _places(self, users: Ints) -> tuple[Ints, Ints]:
+        """Where the windows lie in the rings (n, L), oldest first, and lengths (n,)."""
         size = self._item.shape[1]
         length = np.minimum(self.count[users], size)
         first = np.where(self.count[users] > size, self.count[users] % size, 0)
-        at = (first[:, None] + np.arange(int(length.max()))) % size
-        rows = users[:, None]
-        return self._item[rows, at], self._type[rows, at], self._t_ms[rows, at], length
+        return (first[:, None] + np.arange(int(length.max(initial=0)))) % size, length

@@ -8,8 +8,9 @@ A profile holds, per time scale k of half-life h_k, the decayed sum of what the 
 
 which is an exponentially decayed sum with forward decay (Cormode et al., ICDE 2009): late
 events fold in exactly, batches may be cut anywhere, and the order does not matter beyond
-float32 rounding. Beside it: the mass sum |w_i| 2^(...), the last events, counters, a decayed
-tally of categories, and per source partition the offset up to which events are in.
+float32 rounding. Beside it: the mass sum |w_i| 2^(...), the last events, counters, decayed
+tallies of categories and of the shopper's own items, and per source partition the offset up to
+which events are in.
 
 Writers fold many users at once (`Profiles`, a structure of arrays); readers look at one
 (`Profile`). Both are views of the byte layout in `schema.py`.
@@ -38,12 +39,13 @@ Ints = NDArray[np.int64]
 Keys64 = NDArray[np.uint64]
 
 _ENTRY: Final = schema.WINDOW_ENTRY.itemsize
-_CATEGORY: Final = schema.CATEGORY_ENTRY.itemsize
+# Categories and own items are tallied alike: an entry is a key and its decayed mass.
+_TALLIED: Final = np.dtype([("key", "<u8"), ("mass", "<f4")])
+_TALLY: Final = _TALLIED.itemsize
 _FENCE: Final = schema.FENCE_HEADER.itemsize
 _T_MS: Final = struct.Struct("<q")
 _FENCE_HEADER: Final = struct.Struct("<QQq")
 _WATERMARK: Final = struct.Struct("<Qq")
-_CATEGORY_ENTRY: Final = struct.Struct("<Qf")
 _REBUILD: Final = "delete it, and replay the topic for that user"
 FORGET: Final = 255
 """The type code of a `forget` in event columns: it erases, it is not counted."""
@@ -61,6 +63,7 @@ class Layout:
     window: int = 50  # entries
     seen: int = 64  # event ids
     categories: int = 32
+    own_items: int = 64  # the heaviest; 0: none
     currency: str = "USD"
 
     def __post_init__(self) -> None:
@@ -71,6 +74,8 @@ class Layout:
             raise ValueError("MODEL_DIMENSIONS must lie between 1 and 65535")
         if self.window < 1 or self.categories < 1 or self.seen < 0:
             raise ValueError("PROFILE_WINDOW and PROFILE_CATEGORIES need at least 1")
+        if not 0 <= self.own_items < 1 << 16:
+            raise ValueError("PROFILE_OWN_ITEMS must lie between 0 and 65535")
 
     @property
     def header(self) -> np.dtype[Any]:
@@ -81,6 +86,11 @@ class Layout:
     def half_lives_ms(self) -> NDArray[np.float64]:
         """(K,) in milliseconds."""
         return np.asarray(self.half_lives_s, dtype=np.float64) * 1000.0
+
+    @property
+    def own_half_life_ms(self) -> float:
+        """Of own items, in milliseconds."""
+        return self.half_lives_s[-1] * 1000.0 * schema.OWN_SCALES
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,7 @@ class Profiles:
     window: list[bytes]  # WINDOW_ENTRY, ordered by (t_ms, item, weight, type, flags)
     seen: list[bytes]  # event keys of 8 bytes, in arrival order
     categories: list[bytes]  # CATEGORY_ENTRY, ordered by category
+    own: list[bytes]  # OWN_ENTRY, ordered by item
     pending: list[bytes]  # WINDOW_ENTRY whose item has no vector yet, in arrival order
     watermarks: list[dict[int, int]]  # source key -> next offset
     fences: list[bytes]  # as loaded; b"" = none
@@ -142,6 +153,7 @@ def take(profiles: Profiles, rows: Sequence[int]) -> Profiles:
         [profiles.window[r] for r in rows],
         [profiles.seen[r] for r in rows],
         [profiles.categories[r] for r in rows],
+        [profiles.own[r] for r in rows],
         [profiles.pending[r] for r in rows],
         [profiles.watermarks[r] for r in rows],
         [profiles.fences[r] for r in rows],
@@ -226,21 +238,35 @@ def unpack(
     _check(header, lengths, layout)
     a = size + header["window_n"].astype(np.int64) * _ENTRY
     b = a + header["seen_n"].astype(np.int64) * 8
-    c = b + header["categories_n"].astype(np.int64) * _CATEGORY
-    d = c + header["pending_n"].astype(np.int64) * _ENTRY
-    if (lengths != d).any():
-        i = int((lengths != d).argmax())
-        raise StateCorrupt(f"its state has {lengths[i]} bytes, its header says {d[i]}; {_REBUILD}")
-    window_end, seen_end, categories_end = a.tolist(), b.tolist(), c.tolist()
-    return Profiles(
+    c = b + header["categories_n"].astype(np.int64) * _TALLY
+    d = c + header["own_n"].astype(np.int64) * _TALLY
+    e = d + header["pending_n"].astype(np.int64) * _ENTRY
+    if (lengths != e).any():
+        i = int((lengths != e).argmax())
+        raise StateCorrupt(f"its state has {lengths[i]} bytes, its header says {e[i]}; {_REBUILD}")
+    window_end, seen_end, categories_end, own_end = a.tolist(), b.tolist(), c.tolist(), d.tolist()
+    profiles = Profiles(
         header,
         [state[size:end] for state, end in zip(stored, window_end, strict=True)],
         [s[i:j] for s, i, j in zip(stored, window_end, seen_end, strict=True)],
         [s[i:j] for s, i, j in zip(stored, seen_end, categories_end, strict=True)],
-        [state[start:] for state, start in zip(stored, categories_end, strict=True)],
+        [s[i:j] for s, i, j in zip(stored, categories_end, own_end, strict=True)],
+        [state[start:] for state, start in zip(stored, own_end, strict=True)],
         [_watermark(fence) if fence else {} for fence in fences],
         [fence or b"" for fence in fences],
     )
+    _bring_up_to_date(profiles, layout)
+    return profiles
+
+
+def _bring_up_to_date(profiles: Profiles, layout: Layout) -> None:
+    """Version 1 kept no own items: what its window holds of them is all that is known."""
+    version = profiles.header["version"]
+    for row in np.flatnonzero(version < 2).tolist():
+        entries = np.frombuffer(profiles.window[row], dtype=schema.WINDOW_ENTRY)
+        at = np.full(len(entries), row)
+        _add_own(profiles, at, entries["t_ms"], entries["weight"], entries["item"], layout)
+    version[:] = schema.SCHEMA_VERSION
 
 
 def blank_header(layout: Layout) -> NDArray[Any]:
@@ -284,10 +310,11 @@ def pack(profiles: Profiles) -> list[bytes]:
     header = profiles.header
     header["window_n"] = [len(b) // _ENTRY for b in profiles.window]
     header["seen_n"] = [len(b) // 8 for b in profiles.seen]
-    header["categories_n"] = [len(b) // _CATEGORY for b in profiles.categories]
+    header["categories_n"] = [len(b) // _TALLY for b in profiles.categories]
+    header["own_n"] = [len(b) // _TALLY for b in profiles.own]
     header["pending_n"] = [len(b) // _ENTRY for b in profiles.pending]
     heads = _cut(header.tobytes(), [header.dtype.itemsize] * len(header))
-    tails = (profiles.window, profiles.seen, profiles.categories, profiles.pending)
+    tails = (profiles.window, profiles.seen, profiles.categories, profiles.own, profiles.pending)
     return [b"".join(parts) for parts in zip(heads, *tails, strict=True)]
 
 
@@ -312,6 +339,8 @@ def fold(profiles: Profiles, events: EventColumns, layout: Layout, space: int) -
     if len(applied):
         _append_windows(profiles, events, applied, layout)
         _count(profiles, events, applied)
+        _advance(profiles, _latest(profiles, events, applied), layout)
+        _fold_own(profiles, events, applied, layout)
         _fold_vectors(profiles, events, applied, layout, space)
     return folded
 
@@ -364,7 +393,9 @@ def _admit(profiles: Profiles, events: EventColumns, layout: Layout) -> Folded:
 def _erase(profiles: Profiles, row: int, layout: Layout) -> None:
     """Drop all that is known of a user but the watermark, which keeps replays out."""
     profiles.header[row] = blank_header(layout)[0]
-    for part in (profiles.window, profiles.seen, profiles.categories, profiles.pending):
+    for part in (
+        profiles.window, profiles.seen, profiles.categories, profiles.own, profiles.pending,
+    ):  # fmt: skip
         part[row] = b""
     profiles.erased.add(row)
 
@@ -427,30 +458,47 @@ def _count(profiles: Profiles, events: EventColumns, applied: Ints) -> None:
     np.add.at(header["events"], row, 1)
 
 
+def _latest(profiles: Profiles, events: EventColumns, applied: Ints) -> Ints:
+    """(n,) the new T of all users."""
+    latest: Ints = profiles.header["updated_ms"].copy()
+    np.maximum.at(latest, events.row[applied], events.t_ms[applied])
+    return latest
+
+
+def _fold_own(profiles: Profiles, events: EventColumns, applied: Ints, layout: Layout) -> None:
+    """Count own items; whether their text is known does not matter here."""
+    applied = applied[events.weight[applied] != 0]
+    order = applied[np.argsort(events.row[applied], kind="stable")]
+    _add_own(
+        profiles,
+        events.row[order],
+        events.t_ms[order],
+        events.weight[order],
+        events.item[order],
+        layout,
+    )
+
+
 def _fold_vectors(
     profiles: Profiles, events: EventColumns, applied: Ints, layout: Layout, space: int
 ) -> None:
-    """Decay all n users to their new T and add what the events contribute at that time."""
-    row, t_ms = events.row[applied], events.t_ms[applied]
-    latest = profiles.header["updated_ms"].copy()
-    np.maximum.at(latest, row, t_ms)
-    _advance(profiles, latest, layout)
-    active = events.resolved[applied] & (events.weight[applied] != 0)
+    """Add what the events contribute to sums, masses and categories."""
+    active = applied[events.resolved[applied] & (events.weight[applied] != 0)]
     _add(
         profiles,
-        row[active],
-        t_ms[active],
-        events.weight[applied][active],
-        events.vector[applied][active],
-        events.category[applied][active],
+        events.row[active],
+        events.t_ms[active],
+        events.weight[active],
+        events.vector[active],
+        events.category[active],
         layout,
         space,
     )
 
 
 def _advance(profiles: Profiles, t_ms: Ints, layout: Layout) -> None:
-    """Decay every user's sums, masses and categories to t_ms (n,), which is not earlier than
-    what they have. Decaying by a, then by b, equals decaying by a + b."""
+    """Decay every user's sums, masses and tallies to t_ms (n,), which is not earlier than what
+    they have. Decaying by a, then by b, equals decaying by a + b."""
     header = profiles.header
     age_ms = (t_ms - header["updated_ms"]).astype(np.float64)
     header["updated_ms"] = t_ms
@@ -460,10 +508,16 @@ def _advance(profiles: Profiles, t_ms: Ints, layout: Layout) -> None:
     header["masses"] *= factor
     header["sums"] *= factor[:, :, None]
     header["other_categories"] *= factor[:, -1]
-    lengths = [len(raw) for raw in profiles.categories]
-    entries = np.frombuffer(bytearray().join(profiles.categories), dtype=schema.CATEGORY_ENTRY)
-    entries["mass"] *= np.repeat(factor[:, -1], np.asarray(lengths, dtype=np.int64) // _CATEGORY)
-    profiles.categories[:] = _cut(entries.tobytes(), lengths)
+    _fade(profiles.categories, factor[:, -1])
+    _fade(profiles.own, np.exp2(-age_ms / layout.own_half_life_ms).astype(np.float32))
+
+
+def _fade(tallies: list[bytes], factor: Floats) -> None:
+    """Decay the tally of each of n users by a factor (n,)."""
+    lengths = [len(raw) for raw in tallies]
+    entries = np.frombuffer(bytearray().join(tallies), dtype=_TALLIED)
+    entries["mass"] *= np.repeat(factor, np.asarray(lengths, dtype=np.int64) // _TALLY)
+    tallies[:] = _cut(entries.tobytes(), lengths)
 
 
 def _add(
@@ -500,39 +554,83 @@ def _add_categories(
 ) -> None:
     """Add decayed weights to the users' category tallies (on the longest scale). Beyond the
     bound the smallest leave for `other_categories`, so that no mass is lost."""
-    named = np.flatnonzero(category != 0)
+    left = _add_to(profiles.categories, row, category, mass, layout.categories)
+    for user, rest in left.items():
+        profiles.header["other_categories"][user] += rest
+
+
+def _add_own(
+    profiles: Profiles,
+    row: Ints,  # (m,)
+    t_ms: Ints,  # (m,) not later than the user's T
+    weight: Floats,  # (m,)
+    item: Keys64,  # (m,)
+    layout: Layout,
+) -> None:
+    """Add weights, decayed to T, to the users' own items. Beyond the bound the smallest are
+    forgotten: of items nobody asks how much the others weigh together."""
+    age_ms = (profiles.header["updated_ms"][row] - t_ms).astype(np.float64)
+    mass = np.exp2(-age_ms / layout.own_half_life_ms).astype(np.float32) * weight
+    _add_to(profiles.own, row, item, mass, layout.own_items)
+
+
+def own_of(
+    entries: NDArray[Any], updated_ms: int, half_lives_s: Sequence[float], most: int
+) -> dict[int, float]:
+    """{item: mass}: what a profile knows of own items after these window entries, however many,
+    the latest event time being `updated_ms`."""
+    layout = Layout(1, tuple(half_lives_s), own_items=most)
+    one = unpack([None], [None], layout)
+    one.header["updated_ms"] = updated_ms
+    row = np.zeros(len(entries), np.int64)
+    _add_own(one, row, entries["t_ms"], entries["weight"], entries["item"], layout)
+    return _masses(one.own[0])
+
+
+def _masses(tally: bytes) -> dict[int, float]:
+    entries = np.frombuffer(tally, dtype=_TALLIED)
+    return dict(zip(entries["key"].tolist(), entries["mass"].tolist(), strict=True))
+
+
+def _add_to(
+    tallies: list[bytes], row: Ints, key: Keys64, mass: Floats, most: int
+) -> dict[int, float]:
+    """Add masses (m,) of keys (m,) to the tallies of users, of which each keeps the `most`
+    largest: {row: mass that left}."""
+    left: dict[int, float] = {}
+    named = np.flatnonzero(key != 0)
     if not len(named):
-        return
+        return left
     users = np.unique(row[named])
-    old = [profiles.categories[u] for u in users.tolist()]
-    old_n = np.fromiter((len(b) // _CATEGORY for b in old), np.int64, len(old))
-    stored = np.frombuffer(b"".join(old), dtype=schema.CATEGORY_ENTRY)
+    old = [tallies[u] for u in users.tolist()]
+    old_n = np.fromiter((len(b) // _TALLY for b in old), np.int64, len(old))
+    stored = np.frombuffer(b"".join(old), dtype=_TALLIED)
     at = np.concatenate([np.repeat(users, old_n), row[named]])
-    keys = np.concatenate([stored["category"], category[named]])
+    keys = np.concatenate([stored["key"], key[named]])
     masses = np.concatenate([stored["mass"], mass[named]])
     order = np.lexsort((keys, at))
     at, keys, masses = at[order], keys[order], masses[order]
     new_key = np.ones(len(at), dtype=bool)
     new_key[1:] = (at[1:] != at[:-1]) | (keys[1:] != keys[:-1])
     starts = np.flatnonzero(new_key)
-    entries = np.empty(len(starts), dtype=schema.CATEGORY_ENTRY)
-    entries["category"] = keys[starts]
+    entries = np.empty(len(starts), dtype=_TALLIED)
+    entries["key"] = keys[starts]
     entries["mass"] = np.add.reduceat(masses, starts)
     bounds = np.searchsorted(at[starts], users, side="right").tolist()
     raw, begin = entries.tobytes(), 0
     for user, end in zip(users.tolist(), bounds, strict=True):
-        if end - begin <= layout.categories:
-            profiles.categories[user] = raw[begin * _CATEGORY : end * _CATEGORY]
+        if end - begin <= most:
+            tallies[user] = raw[begin * _TALLY : end * _TALLY]
         else:
-            kept, rest = _largest(entries[begin:end], layout.categories)
-            profiles.categories[user] = kept.tobytes()
-            profiles.header["other_categories"][user] += rest
+            kept, left[user] = _largest(entries[begin:end], most)
+            tallies[user] = kept.tobytes()
         begin = end
+    return left
 
 
 def _largest(entries: NDArray[Any], count: int) -> tuple[NDArray[Any], float]:
     """The `count` entries of largest |mass|, in key order, and the mass of the others."""
-    order = np.lexsort((entries["category"], -np.abs(entries["mass"])))
+    order = np.lexsort((entries["key"], -np.abs(entries["mass"])))
     return entries[np.sort(order[:count])], float(entries["mass"][order[count:]].sum())
 
 
@@ -684,9 +782,12 @@ def merge(left: Profiles, right: Profiles, layout: Layout) -> Profiles:
         out[name] += add[name]
     out["space"] = np.maximum(out["space"], add["space"])
     for i in range(len(left)):
-        entries = np.frombuffer(right.categories[i], dtype=schema.CATEGORY_ENTRY)
+        entries = np.frombuffer(right.categories[i], dtype=_TALLIED)
         rows = np.full(len(entries), i)
-        _add_categories(left, rows, entries["category"], entries["mass"], layout)
+        _add_categories(left, rows, entries["key"], entries["mass"], layout)
+        entries = np.frombuffer(right.own[i], dtype=_TALLIED)
+        rows = np.full(len(entries), i)
+        _add_to(left.own, rows, entries["key"], entries["mass"], layout.own_items)
         window = _ordered(left.window[i] + right.window[i])
         left.window[i] = window[-layout.window * _ENTRY :]
         left.seen[i] = (left.seen[i] + right.seen[i])[-layout.seen * 8 :] if layout.seen else b""
@@ -704,6 +805,7 @@ def _copy(profiles: Profiles) -> Profiles:
         list(profiles.window),
         list(profiles.seen),
         list(profiles.categories),
+        list(profiles.own),
         list(profiles.pending),
         [dict(w) for w in profiles.watermarks],
         list(profiles.fences),
@@ -732,6 +834,7 @@ class Profile:
     window: NDArray[Any]  # (<= N,) of schema.WINDOW_ENTRY, oldest first
     categories: dict[int, float]  # category key -> decayed mass
     other_categories: float  # decayed mass of the categories that the bound pushed out
+    own: dict[int, float]  # key of an item that the shopper had -> decayed mass
     seen: Keys64  # event ids remembered, oldest first
     pending: int  # events waiting for their item's text
     pending_lost: int  # events given up, because too many were waiting
@@ -775,7 +878,6 @@ def decode(user_id: str, state: bytes, fence: bytes = b"") -> Profile:
     except (SchemaTooNew, StateCorrupt) as error:
         raise type(error)(f"the profile of user {user_id!r}: {error}") from None
     header = profiles.header[0]
-    categories = np.frombuffer(profiles.categories[0], dtype=schema.CATEGORY_ENTRY)
     space = int(header["space"])
     return Profile(
         user_id=user_id,
@@ -790,10 +892,9 @@ def decode(user_id: str, state: bytes, fence: bytes = b"") -> Profile:
         masses=np.array(header["masses"]),
         sums=np.array(header["sums"]),
         window=np.frombuffer(profiles.window[0], dtype=schema.WINDOW_ENTRY),
-        categories=dict(
-            zip(categories["category"].tolist(), categories["mass"].tolist(), strict=True)
-        ),
+        categories=_masses(profiles.categories[0]),
         other_categories=float(header["other_categories"]),
+        own=_masses(profiles.own[0]),
         seen=np.frombuffer(profiles.seen[0], dtype="<u8"),
         pending=len(profiles.pending[0]) // _ENTRY,
         pending_lost=int(header["pending_lost"]),
@@ -849,8 +950,8 @@ def _top_categories(
     profiles: Profiles, names: Mapping[int, str], count: int = 5
 ) -> list[list[str]]:
     """Per user the heaviest categories as members of a JSON object."""
-    lengths = np.asarray([len(raw) // _CATEGORY for raw in profiles.categories], dtype=np.int64)
-    entries = np.frombuffer(b"".join(profiles.categories), dtype=schema.CATEGORY_ENTRY)
+    lengths = np.asarray([len(raw) // _TALLY for raw in profiles.categories], dtype=np.int64)
+    entries = np.frombuffer(b"".join(profiles.categories), dtype=_TALLIED)
     held = np.arange(lengths.max(initial=0)) < lengths[:, None]  # (n, W), W the longest tally
     mass = np.zeros(held.shape, dtype=np.float32)
     mass[held] = entries["mass"]
@@ -858,7 +959,7 @@ def _top_categories(
     mass = np.take_along_axis(mass, top, axis=1)
     liked = mass > 0
     flat = (top + (np.cumsum(lengths) - lengths)[:, None])[liked]  # positions in entries
-    keys, label = np.unique(entries["category"][flat], return_inverse=True)
+    keys, label = np.unique(entries["key"][flat], return_inverse=True)
     labels = [json.dumps(names.get(key, f"{key:016x}")) for key in keys.tolist()]
     members = [
         f"{labels[i]}:{m:.3f}" for i, m in zip(label.tolist(), mass[liked].tolist(), strict=True)

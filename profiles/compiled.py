@@ -37,12 +37,13 @@ _FATE_APPLIED, _FATE_REPLAYED, _FATE_REPEATED = 1, 2, 3
 
 # The header as the kernel reads it, in units of each field's own size. Written out, because a
 # compiled kernel is kept on disk for as long as this file does not change.
-_VERSION, _DIMENSIONS, _SCALES, _WINDOW_N, _SEEN_N, _CATEGORIES_N, _PENDING_N = range(7)  # u2
+_VERSION, _DIMENSIONS, _SCALES, _WINDOW_N = range(4)  # 2 bytes each
+_SEEN_N, _CATEGORIES_N, _PENDING_N, _OWN_N = range(4, 8)
 _SPACE, _UPDATED_MS, _FIRST_MS, _SPEND = 2, 3, 4, 14  # 8 bytes each
 _EVENTS, _COUNTS, _FOREIGN, _OTHER, _FLOATS = 10, 12, 30, 31, 32  # 4 bytes each
 _COUNT_SLOTS, TYPES, _FLAG_TEXT = 16, 9, 1
-_SCHEMA_VERSION = 1
-_ENTRY, _SEEN, _CATEGORY, _FENCE, _WATERMARK = 24, 8, 12, 24, 16  # bytes
+_SCHEMA_VERSION = 2
+_ENTRY, _SEEN, _TALLY, _FENCE, _WATERMARK = 24, 8, 12, 24, 16  # bytes
 _FORGET = 255
 
 _MOVES = 100_000  # a window in more disorder than that is left to a better sort
@@ -63,16 +64,18 @@ def _agrees() -> bool:
         "seen_n",
         "categories_n",
         "pending_n",
+        "own_n",
     )
     eights = ("space", "updated_ms", "first_ms", "spend")
     fours = ("events", "counts", "foreign_purchases", "other_categories", "half_lives_s")
     return (
-        [at[name] / 2 for name in counters] == list(range(7))
+        [at[name] / 2 for name in counters] == list(range(8))
         and [at[name] / 8 for name in eights] == [_SPACE, _UPDATED_MS, _FIRST_MS, _SPEND]
         and [at[name] / 4 for name in fours] == [_EVENTS, _COUNTS, _FOREIGN, _OTHER, _FLOATS]
         and (schema.COUNT_SLOTS, len(schema.EVENT_TYPES), schema.FLAG_TEXT, schema.SCHEMA_VERSION)
         == (_COUNT_SLOTS, TYPES, _FLAG_TEXT, _SCHEMA_VERSION)
-        and (schema.WINDOW_ENTRY.itemsize, schema.CATEGORY_ENTRY.itemsize) == (_ENTRY, _CATEGORY)
+        and schema.WINDOW_ENTRY.itemsize == _ENTRY
+        and schema.CATEGORY_ENTRY.itemsize == schema.OWN_ENTRY.itemsize == _TALLY
         and (schema.FENCE_HEADER.itemsize, schema.WATERMARK_ENTRY.itemsize) == (_FENCE, _WATERMARK)
         and FORGET == _FORGET
         and (fates.APPLIED, fates.REPLAYED, fates.REPEATED)
@@ -97,6 +100,8 @@ class Shape(NamedTuple):
     window: int
     seen: int
     categories: int
+    own_items: int
+    own_half_life_ms: float
     half_lives_ms: NDArray[np.float64]  # (K,)
     half_lives_s: NDArray[np.float32]  # (K,)
     blank: Bytes  # the header of who has no profile
@@ -167,6 +172,17 @@ class Out(NamedTuple):
     unknown: Keys64  # (UNKNOWN,)
 
 
+class _Tally(NamedTuple):
+    """Categories or own items; `k1`, `k4` and `kf` are views of one buffer."""
+
+    k1: Bytes
+    k4: NDArray[np.uint32]
+    kf: NDArray[np.float32]
+    later: NDArray[np.float32]  # what is still to be added to an entry, of how many events
+    later_n: Ints
+    n: Ints  # (1,) entries
+
+
 class _Scratch(NamedTuple):
     """One user, taken apart. The views of one buffer have one letter."""
 
@@ -182,21 +198,19 @@ class _Scratch(NamedTuple):
     wf: NDArray[np.float32]
     s1: Bytes
     su: Keys64
-    c1: Bytes
-    c4: NDArray[np.uint32]
-    cf: NDArray[np.float32]
+    categories: _Tally
+    own: _Tally
     f1: Bytes
     fi: Ints
     fu: Keys64
     applied: Ints
     sum: NDArray[np.float32]  # (D,) of one event, and of those after it
     later_sum: NDArray[np.float32]
-    later: NDArray[np.float32]  # what is still to be added to a category, of how many events
-    later_n: Ints
+    gone: NDArray[np.float32]  # masses that leave a tally
     n: Ints  # sizes, by the names below
 
 
-_W, _S, _S_BEGIN, _C, _F, _APPLIED, _F_BEFORE = range(7)
+_W, _S, _S_BEGIN, _F, _APPLIED, _F_BEFORE = range(6)
 
 
 # --- bytes and decimals --------------------------------------------------------------------
@@ -284,11 +298,23 @@ def _hundredths(value, exact):
 
 
 @inner
+def _tally(size):
+    entries = np.zeros(size * 3, np.uint32)
+    return _Tally(
+        entries.view(np.uint8),
+        entries,
+        entries.view(np.float32),
+        np.zeros(size, np.float32),
+        np.zeros(size, np.int64),
+        np.zeros(1, np.int64),
+    )
+
+
+@inner
 def _scratch(shape, most, sources):
     head = np.zeros((shape.blank.size + 7) // 8, np.int64)
     window = np.zeros((shape.window + most) * 3, np.int64)
     seen = np.zeros(shape.seen + most + 1, np.uint64)
-    categories = np.zeros((shape.categories + most) * 3, np.uint32)
     fence = np.zeros(3 + 2 * (sources + most), np.int64)
     return _Scratch(
         head.view(np.uint8),
@@ -303,24 +329,33 @@ def _scratch(shape, most, sources):
         window.view(np.float32),
         seen.view(np.uint8),
         seen,
-        categories.view(np.uint8),
-        categories,
-        categories.view(np.float32),
+        _tally(shape.categories + most),
+        _tally(shape.own_items + most),
         fence.view(np.uint8),
         fence,
         fence.view(np.uint64),
         np.zeros(most, np.int64),
         np.zeros(shape.dimensions, np.float32),
         np.zeros(shape.dimensions, np.float32),
-        np.zeros(shape.categories + most, np.float32),
-        np.zeros(shape.categories + most, np.int64),
-        np.zeros(7, np.int64),
+        np.zeros(most, np.float32),
+        np.zeros(6, np.int64),
     )
 
 
 @inlined
-def _category_key(x, i):
-    return np.uint64(x.c4[3 * i]) | (np.uint64(x.c4[3 * i + 1]) << np.uint64(32))
+def _key(tally, i):
+    return np.uint64(tally.k4[3 * i]) | (np.uint64(tally.k4[3 * i + 1]) << np.uint64(32))
+
+
+@inlined
+def _read_tally(tally, states, begin, count):
+    """Whether its entries lie in order."""
+    tally.n[0] = count
+    _copy(tally.k1, 0, states, begin, count * _TALLY)
+    for i in range(1, count):
+        if _key(tally, i) <= _key(tally, i - 1):
+            return False
+    return True
 
 
 @inlined
@@ -331,7 +366,7 @@ def _read_state(x, shape, users, u, space):
     n = x.n
     if begin == end:
         _copy(x.h1, 0, shape.blank, 0, size)
-        n[_W] = n[_S] = n[_S_BEGIN] = n[_C] = 0
+        n[_W] = n[_S] = n[_S_BEGIN] = x.categories.n[0] = x.own.n[0] = 0
         return True
     if end - begin < size:
         return False
@@ -345,22 +380,22 @@ def _read_state(x, shape, users, u, space):
             return False
     if x.hi[_SPACE] != 0 and np.uint64(x.hi[_SPACE]) != space:
         return False
-    n[_W], n[_S], n[_C] = x.h2[_WINDOW_N], x.h2[_SEEN_N], x.h2[_CATEGORIES_N]
-    n[_S_BEGIN] = 0
-    if n[_W] > shape.window or n[_S] > shape.seen or n[_C] > shape.categories:
+    n[_W], n[_S], n[_S_BEGIN] = x.h2[_WINDOW_N], x.h2[_SEEN_N], 0
+    categories_n, own_n = np.int64(x.h2[_CATEGORIES_N]), np.int64(x.h2[_OWN_N])
+    if n[_W] > shape.window or n[_S] > shape.seen:
         return False
-    if end - begin != size + n[_W] * _ENTRY + n[_S] * _SEEN + n[_C] * _CATEGORY:
+    if categories_n > shape.categories or own_n > shape.own_items:
+        return False
+    if end - begin != size + n[_W] * _ENTRY + n[_S] * _SEEN + (categories_n + own_n) * _TALLY:
         return False
     begin += size
     _copy(x.w1, 0, users.states, begin, n[_W] * _ENTRY)
     begin += n[_W] * _ENTRY
     _copy(x.s1, 0, users.states, begin, n[_S] * _SEEN)
     begin += n[_S] * _SEEN
-    _copy(x.c1, 0, users.states, begin, n[_C] * _CATEGORY)
-    for i in range(1, n[_C]):
-        if _category_key(x, i) <= _category_key(x, i - 1):
-            return False
-    return True
+    if not _read_tally(x.categories, users.states, begin, categories_n):
+        return False
+    return _read_tally(x.own, users.states, begin + categories_n * _TALLY, own_n)
 
 
 @inlined
@@ -528,8 +563,14 @@ def _decay(x, shape, latest):
         for d in range(size):
             sums[d] *= factor
     x.hf[_OTHER] *= factor
-    for i in range(x.n[_C]):
-        x.cf[3 * i + 2] *= factor
+    _fade(x.categories, factor)
+    _fade(x.own, np.float32(np.exp2(-age_ms / shape.own_half_life_ms)))
+
+
+@inlined
+def _fade(tally, factor):
+    for i in range(tally.n[0]):
+        tally.kf[3 * i + 2] *= factor
 
 
 @inlined
@@ -537,8 +578,7 @@ def _add(x, shape, events, space):
     """What the applied events contribute. Summed as `np.add.reduceat` does: the first, and all
     others among themselves."""
     scales, size = shape.scales, shape.dimensions
-    for i in range(x.n[_C]):
-        x.later_n[i] = 0
+    _begin(x.categories)
     for k in range(scales):
         mass, later_mass, count = np.float32(0.0), np.float32(0.0), 0
         total, later = x.sum, x.later_sum
@@ -564,7 +604,7 @@ def _add(x, shape, events, space):
                     later[d] += share * vector[d]
             count += 1
             if k == scales - 1 and events.category[i] != 0:
-                _add_category(x, events.category[i], share)
+                _add_to(x.categories, events.category[i], share)
         if count == 0:
             return
         if count > 1:
@@ -576,58 +616,91 @@ def _add(x, shape, events, space):
         sums = x.hf[begin : begin + size]
         for d in range(size):
             sums[d] += total[d]
-    for i in range(x.n[_C]):
-        if x.later_n[i] > 0:
-            x.cf[3 * i + 2] += x.later[i]
+    _finish(x.categories)
     x.hi[_SPACE] = np.int64(space)
 
 
 @inlined
-def _add_category(x, key, mass):
-    i, n = 0, x.n[_C]
-    while i < n and _category_key(x, i) < key:
-        i += 1
-    if i < n and _category_key(x, i) == key:
-        x.later[i] = mass if x.later_n[i] == 0 else x.later[i] + mass
-        x.later_n[i] += 1
-        return
-    for j in range(n, i, -1):
-        x.later[j], x.later_n[j] = x.later[j - 1], x.later_n[j - 1]
-    for j in range(3 * n - 1, 3 * i - 1, -1):
-        x.c4[j + 3] = x.c4[j]
-    x.c4[3 * i] = np.uint32(key & np.uint64(0xFFFFFFFF))
-    x.c4[3 * i + 1] = np.uint32(key >> np.uint64(32))
-    x.cf[3 * i + 2] = mass
-    x.later_n[i] = 0
-    x.n[_C] = n + 1
+def _add_own(x, shape, events):
+    _begin(x.own)
+    for a in range(x.n[_APPLIED]):
+        i = x.applied[a]
+        if events.weight[i] == 0.0 or events.item[i] == 0:
+            continue
+        age_ms = np.float64(x.hi[_UPDATED_MS] - events.t_ms[i])
+        decay = np.float32(np.exp2(-age_ms / shape.own_half_life_ms))
+        _add_to(x.own, events.item[i], decay * events.weight[i])
+    _finish(x.own)
 
 
 @inlined
-def _bound_categories(x, shape):
-    """Beyond the bound the smallest leave for `other_categories`; of equal ones the last."""
-    excess = x.n[_C] - shape.categories
+def _begin(tally):
+    for i in range(tally.n[0]):
+        tally.later_n[i] = 0
+
+
+@inlined
+def _add_to(tally, key, mass):
+    i, n = 0, tally.n[0]
+    while i < n and _key(tally, i) < key:
+        i += 1
+    if i < n and _key(tally, i) == key:
+        tally.later[i] = mass if tally.later_n[i] == 0 else tally.later[i] + mass
+        tally.later_n[i] += 1
+        return
+    for j in range(n, i, -1):
+        tally.later[j], tally.later_n[j] = tally.later[j - 1], tally.later_n[j - 1]
+    for j in range(3 * n - 1, 3 * i - 1, -1):
+        tally.k4[j + 3] = tally.k4[j]
+    tally.k4[3 * i] = np.uint32(key & np.uint64(0xFFFFFFFF))
+    tally.k4[3 * i + 1] = np.uint32(key >> np.uint64(32))
+    tally.kf[3 * i + 2] = mass
+    tally.later_n[i] = 0
+    tally.n[0] = n + 1
+
+
+@inlined
+def _finish(tally):
+    for i in range(tally.n[0]):
+        if tally.later_n[i] > 0:
+            tally.kf[3 * i + 2] += tally.later[i]
+
+
+@inlined
+def _bound(tally, most, gone):
+    """Beyond the bound the smallest leave, of equal ones the last; their masses, in this order,
+    are in `gone` then. How many; -1 where a better sort is wanted."""
+    excess = tally.n[0] - most
     if excess <= 0:
-        return True
-    if excess * x.n[_C] > _MOVES:
-        return False
-    gone = np.empty(excess, np.float32)
+        return 0
+    if excess * tally.n[0] > _MOVES:
+        return -1
     for e in range(excess):
         smallest = 0
-        for i in range(x.n[_C]):
-            mass = abs(x.cf[3 * i + 2])
+        for i in range(tally.n[0]):
+            mass = abs(tally.kf[3 * i + 2])
             if mass != mass:
-                return False
-            if mass <= abs(x.cf[3 * smallest + 2]):
+                return -1
+            if mass <= abs(tally.kf[3 * smallest + 2]):
                 smallest = i
-        gone[e] = x.cf[3 * smallest + 2]
-        x.n[_C] -= 1
-        for j in range(3 * smallest, 3 * x.n[_C]):
-            x.c4[j] = x.c4[j + 3]
-    rest = gone[excess - 1]
-    for e in range(excess - 2, -1, -1):
-        rest += gone[e]
-    x.hf[_OTHER] += rest
-    return True
+        gone[e] = tally.kf[3 * smallest + 2]
+        tally.n[0] -= 1
+        for j in range(3 * smallest, 3 * tally.n[0]):
+            tally.k4[j] = tally.k4[j + 3]
+    return excess
+
+
+@inlined
+def _bound_tallies(x, shape):
+    """What leaves the categories goes to `other_categories`, what leaves the own items is
+    forgotten."""
+    left = _bound(x.categories, shape.categories, x.gone)
+    if left > 0:
+        rest = x.gone[left - 1]
+        for e in range(left - 2, -1, -1):
+            rest += x.gone[e]
+        x.hf[_OTHER] += rest
+    return left >= 0 and _bound(x.own, shape.own_items, x.gone) >= 0
 
 
 @inlined
@@ -672,8 +745,8 @@ def _glance(out, x, save, unknown, exact):
     above, above_at = np.float32(np.inf), -1
     for shown in range(TOP):
         best, best_at = np.float32(0.0), -1
-        for i in range(x.n[_C]):
-            mass = x.cf[3 * i + 2]
+        for i in range(x.categories.n[0]):
+            mass = x.categories.kf[3 * i + 2]
             if (mass < above or (mass == above and i > above_at)) and mass > best:
                 best, best_at = mass, i
         if best_at < 0:
@@ -683,7 +756,7 @@ def _glance(out, x, save, unknown, exact):
         if shown > 0:
             out[at] = 44
             at += 1
-        at = _label(out, at, save.labels, _category_key(x, best_at), unknown)
+        at = _label(out, at, save.labels, _key(x.categories, best_at), unknown)
         out[at] = 58
         # Exact: a float32 times 1000 fits into a float64.
         at = _fixed(out, at + 1, np.int64(np.rint(np.float64(best) * 1000.0)), 3)
@@ -713,15 +786,17 @@ def _write(x, shape, users, u, save, out, at, exact):
     at = _copy(to, at, x.f1, 0, fence_n)
     size, first = shape.blank.size, max(0, n[_W] - shape.window)
     x.h2[_WINDOW_N], x.h2[_SEEN_N] = n[_W] - first, n[_S] - n[_S_BEGIN]
-    x.h2[_CATEGORIES_N] = n[_C]
+    categories_n, own_n = x.categories.n[0], x.own.n[0]
+    x.h2[_CATEGORIES_N], x.h2[_OWN_N] = categories_n, own_n
     window_n, seen_n = (n[_W] - first) * _ENTRY, (n[_S] - n[_S_BEGIN]) * _SEEN
-    state_n = size + window_n + seen_n + n[_C] * _CATEGORY
+    state_n = size + window_n + seen_n + (categories_n + own_n) * _TALLY
     at = _bulk_length(to, _line_end(to, at), state_n)
     out.state_at[u, 0], out.state_at[u, 1] = at, at + state_n
     at = _copy(to, at, x.h1, 0, size)
     at = _copy(to, at, x.w1, first * _ENTRY, window_n)
     at = _copy(to, at, x.s1, n[_S_BEGIN] * _SEEN, seen_n)
-    at = _copy(to, at, x.c1, 0, n[_C] * _CATEGORY)
+    at = _copy(to, at, x.categories.k1, 0, categories_n * _TALLY)
+    at = _copy(to, at, x.own.k1, 0, own_n * _TALLY)
     at = _bulk_length(to, _line_end(to, at), glance_n)
     at = _copy(to, at, out.glance, 0, glance_n)
     digits = _decimal(out.glance, 0, expires_s)
@@ -754,7 +829,9 @@ def _fold_user(x, shape, users, u, events, order, begin, end, save, out, at, exa
             return LEFT, at
         _decay(x, shape, _count(x, events))
         _add(x, shape, events, save.space)
-        if not _bound_categories(x, shape):
+        if shape.own_items > 0:
+            _add_own(x, shape, events)
+        if not _bound_tallies(x, shape):
             return LEFT, at
     stop = _write(x, shape, users, u, save, out, at, exact)
     if stop < 0:

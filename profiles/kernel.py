@@ -104,6 +104,8 @@ class Kernel:
             layout.window,
             layout.seen,
             layout.categories,
+            layout.own_items,
+            layout.own_half_life_ms,
             np.ascontiguousarray(layout.half_lives_ms),
             np.asarray(layout.half_lives_s, dtype=np.float32),
             np.frombuffer(blank_header(layout).tobytes(), np.uint8),

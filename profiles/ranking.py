@@ -46,7 +46,6 @@ BY_HAND: Final[Weights] = {
 _DAY_MS: Final = 86_400_000.0
 DEPTH: Final = 50  # latest items whose neighbours are looked at
 STEP_DECAY: Final = 0.8  # of an item's neighbours, per instant after it
-BASKET_DECAY: Final = 0.9  # of an own item, per instant after it
 
 
 def score(weights: Weights, signals: Floats, items: Floats, shopper: Floats) -> Floats:
@@ -99,16 +98,9 @@ def liked(window: NDArray[Any]) -> NDArray[Any]:
     return entries
 
 
-def own_frequency(window: NDArray[Any]) -> dict[int, float]:
-    """Item key -> how often it is among a shopper's latest events; items of one instant count
-    once, and each instant counts `BASKET_DECAY` of the next."""
-    entries = liked(window)
-    _, instant = np.unique(entries["t_ms"], return_inverse=True)
-    latest = int(instant.max(initial=0))
-    own: dict[int, float] = {}
-    for item, at in set(zip(entries["item"].tolist(), instant.tolist(), strict=True)):
-        own[item] = own.get(item, 0.0) + BASKET_DECAY ** (latest - at)
-    return own
+def own_items(tally: Mapping[int, float]) -> dict[int, float]:
+    """Item key -> mass, of those of a shopper's own items that they liked more than not."""
+    return {item: mass for item, mass in tally.items() if mass > 0}
 
 
 def item_features(count: float, recent: float, own_days: float) -> tuple[float, float, float]:

@@ -58,7 +58,7 @@ def plan(reader: Plans, user_id: str, k: int, exclude_seen: bool) -> Plan[list[R
     weights = ranking.from_fields(_pairs(replies[0]))
     of = {item: neighbours.decode(*reply) for item, reply in zip(latest, replies[1:], strict=True)}
     near = ranking.nearby(profile.window, of)
-    own = ranking.own_frequency(profile.window)
+    own = ranking.own_items(profile.own)
     wanted = _wanted(profile)
     items = list(dict.fromkeys([*own, *ranking.top(near, _NEIGHBOURS)]))
     queries = [arithmetic.unit(vector) for vector in wanted if vector.any()]
@@ -66,7 +66,8 @@ def plan(reader: Plans, user_id: str, k: int, exclude_seen: bool) -> Plan[list[R
         items += [schema.key64(item_id) for item_id, _ in nearest]
     items = list(dict.fromkeys(items))
     if exclude_seen:
-        items = [item for item in items if item not in own]
+        seen = {*own, *ranking.liked(profile.window)["item"].tolist()}
+        items = [item for item in items if item not in seen]
     known, counts = yield from _described(reader, items)
     cosines = yield from _cosines(reader, profile, known, wanted)
     return _ranked(profile, weights, known, counts, near, own, cosines)[:k]

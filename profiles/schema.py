@@ -18,7 +18,8 @@ from typing import Any, Final
 
 import numpy as np
 
-SCHEMA_VERSION: Final = 1
+# Since 2: own items. A reader of a later version reads what an earlier one wrote.
+SCHEMA_VERSION: Final = 2
 
 # The order is part of the layout: `counts[i]` and a window entry's `type` refer to it.
 EVENT_TYPES: Final = (
@@ -36,7 +37,7 @@ TYPE_CODE: Final = {name: code for code, name in enumerate(EVENT_TYPES)}
 COUNT_SLOTS: Final = 16  # room for seven more types before the layout must change
 
 # Fields of the profile hash.
-STATE: Final = "state"  # binary: header, window, seen, categories, pending
+STATE: Final = "state"  # binary: header, window, seen, categories, own, pending
 GLANCE: Final = "glance"  # JSON for people and other languages
 FENCE: Final = "fence"  # binary: revision, writer, expiry, watermark per source partition
 # And of its outlook, which is computed from the profile some time after a save.
@@ -73,6 +74,16 @@ CATEGORY_ENTRY: Final = np.dtype(
         ("mass", "<f4"),  # sum of weight, decayed on the longest time scale
     ]
 )
+
+# One of the items that the shopper has had: 12 bytes.
+OWN_ENTRY: Final = np.dtype(
+    [
+        ("item", "<u8"),  # key of the item
+        ("mass", "<f4"),  # sum of weight, decayed with OWN_SCALES times the longest half-life
+    ]
+)
+# People come back for what they had long after their interests have moved on: docs/decisions.md.
+OWN_SCALES: Final = 3.0
 
 # Fields of an item's neighbours; their fence is laid out as a profile's.
 TALLY: Final = "tally"  # binary: the header below
@@ -179,7 +190,7 @@ def header_dtype(scales: int, dimensions: int) -> np.dtype[Any]:
             ("seen_n", "<u2"),  # event keys remembered
             ("categories_n", "<u2"),  # entries of the category tally
             ("pending_n", "<u2"),  # entries of the pending list
-            ("flags", "<u2"),  # 0
+            ("own_n", "<u2"),  # entries of the tally of own items; 0 in version 1
             ("space", "<u8"),  # the embedding space of the sums; 0 before the first vector
             ("updated_ms", "<i8"),  # latest event time; sums and masses are decayed to it
             ("first_ms", "<i8"),  # earliest event time

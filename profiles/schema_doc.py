@@ -39,7 +39,10 @@ def markdown() -> str:
             "there.",
             "",
             f"Schema version {schema.SCHEMA_VERSION}. `docs/golden/profiles.json` has examples: "
-            "the bytes in hex, and what they mean.",
+            "the bytes in hex, and what they mean. Readers and workers know every version up to "
+            "their own and refuse a later one: upgrade readers first, then workers. Version 1 had "
+            "no own items (`own_n` is 0); those of its window are taken for all, and a worker of "
+            "version 2 writes them when the shopper acts.",
             "",
             *_keys(),
             *_profile_hash(),
@@ -125,8 +128,10 @@ def _state() -> list[str]:
         "`item`, `weight`, `type`, `flags`;",
         "2. `seen_n` event keys of 8 bytes, the events counted last, in order of arrival;",
         "3. `categories_n` category entries, ordered by `category`;",
-        "4. `pending_n` window entries: events whose item has no text yet. They are counted, and "
-        "in the window, but not in `sums`, `masses` or the categories.",
+        "4. `own_n` own items, ordered by `item`: the heaviest of those that the shopper had, be "
+        "it long before the window; a negative mass is dislike;",
+        "5. `pending_n` window entries: events whose item has no text yet. They are counted, in "
+        "the window and among the own items, but not in `sums`, `masses` or the categories.",
         "",
         "A window entry:",
         "",
@@ -135,6 +140,10 @@ def _state() -> list[str]:
         "A category entry, where `mass` is the decayed sum of weights on the longest time scale:",
         "",
         *_table(schema.CATEGORY_ENTRY, "CATEGORY_ENTRY"),
+        "",
+        f"An own item, where OWN_SCALES is {schema.OWN_SCALES:g}:",
+        "",
+        *_table(schema.OWN_ENTRY, "OWN_ENTRY"),
         "",
         "A sum decayed to `updated_ms` is decayed further to a later time T by "
         "2^(-(T - updated_ms) / (1000 * half_life_s)); its direction, which is the shopper's "

@@ -190,7 +190,7 @@ def counters(data: Recorded) -> dict[str, Make]:
 
     Raises UserError for a catalogue that is too large for them.
     """
-    n = _checked_size(data)
+    n, users = _checked_size(data), len(data.user_ids)
     return {
         "popular": lambda: baselines.Popular(n),
         "last item": lambda: baselines.ItemNeighbours(n, depth=1),
@@ -198,6 +198,7 @@ def counters(data: Recorded) -> dict[str, Make]:
         "co-visitation of a profile": lambda: baselines.FadingNeighbours(n),
         "last basket": lambda: baselines.LastBasket(n),
         "own frequency": lambda: baselines.OwnFrequency(n),
+        "own items of a profile": lambda: baselines.OwnItems(users, n),
         "own + last basket": lambda: baselines.Blend(
             (baselines.OwnFrequency(n), baselines.LastBasket(n)), baselines.total
         ),

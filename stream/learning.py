@@ -271,6 +271,7 @@ def _fit_ranker(
         profile.half_lives_s,
         cut_ms=candidate.metrics["cut_ms"],
         window=profile.window,
+        own_items=profile.own_items,
         foreteller=_foreteller(settings, Contender.of(candidate)),
         seed=settings.learn.seed,
     )

@@ -22,7 +22,7 @@ from model.ranker import ITEM, Cases
 from model.training_data import decayed_interests
 from model.windows import Labelled
 from profiles import neighbours, ranking
-from profiles.arithmetic import Floats, Ints
+from profiles.arithmetic import Floats, Ints, own_of
 from profiles.neighbours import Neighbours, Pairs, Tallies, TallyLayout
 from profiles.schema import NEAR_ENTRY, PAIR_ENTRY, WINDOW_ENTRY
 
@@ -59,6 +59,7 @@ def make_cases(
     *,
     cut_ms: int,
     window: int = 50,
+    own_items: int = 64,
     foreteller: Foreteller | None = None,
     most: int = 3_000,
     seed: int = 0,
@@ -66,9 +67,9 @@ def make_cases(
     """Rankings of the whole catalogue after windows whose target came at `cut_ms` or later.
 
     vectors: (C, D) unit rows of the catalogue; half_lives_s: of a profile's time scales, the
-    longest also of neighbours; foreteller: what makes the signal `next_interest`, which stays 0
-    without, and must not have learned from what came since `cut_ms`; most: cases, drawn with
-    `seed`; fewer where C is large.
+    longest also of neighbours; window, own_items: how many entries a profile keeps; foreteller:
+    what makes the signal `next_interest`, which stays 0 without, and must not have learned from
+    what came since `cut_ms`; most: cases, drawn with `seed`; fewer where C is large.
     """
     targets = tr.find_targets(windows)
     ends = np.flatnonzero(tr.asked_at(windows) & targets.since(cut_ms))
@@ -91,14 +92,15 @@ def make_cases(
         for row in block.tolist():
             end = int(ends[row])
             first = int(windows.start[owner[end]])
-            seen = _entries(windows, first, end)[-window:]
-            own = ranking.own_frequency(seen)
+            entries = _entries(windows, first, end)
+            seen = entries[-window:]
+            own = own_of(entries, int(windows.t_ms[end]), half_lives_s, own_items)
             near = ranking.nearby(seen, counted.near(seen))
             pulled = np.array(list(near), dtype=np.int64) - 1
             for item, weight in zip(pulled.tolist(), near.values(), strict=True):
                 signals[row, item, 2] = ranking.covisitation(weight, float(counts[item]))
-            for key, times in own.items():
-                signals[row, key - 1, 3] = times
+            for key, mass in ranking.own_items(own).items():
+                signals[row, key - 1, 3] = mass
             days = np.zeros(size)
             asked_ms = int(targets.t_ms[targets.first[end]])  # when the shopper is back
             for key, age in ranking.own_days(seen, asked_ms).items():

@@ -149,6 +149,8 @@ class ProfileSettings(_Group):
     dedupe: Annotated[int, Field(ge=0, le=4096)] = 64
     """Event ids remembered per shopper, to count a producer's repeats once."""
     categories: Annotated[int, Field(ge=1, le=1000)] = 32
+    own_items: Annotated[int, Field(ge=0, le=1000)] = 64
+    """Items that a shopper had, the heaviest; 0: none."""
     ttl_days: Annotated[float, Field(gt=0)] = 90.0
     currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "USD"
     weights: dict[str, float] = Field(default_factory=dict)

@@ -87,6 +87,7 @@ def profile_layout(settings: Settings, dimensions: int) -> Layout:
         profile.window,
         profile.dedupe,
         profile.categories,
+        profile.own_items,
         profile.currency,
     )
 

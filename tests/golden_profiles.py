@@ -20,8 +20,8 @@ from profiles.schema import key64, source_key
 from tests.oracle import FORGET, Event
 from tests.profile_events import NOW_MS, SPACE, Shelf, event_key
 
-LAYOUT = Layout(4, (1_800.0, 86_400.0, 2_592_000.0), window=3, seen=2, categories=2)
-_MONTH_MS = 2_592_000_000
+LAYOUT = Layout(4, (1_800.0, 86_400.0, 2_592_000.0), window=3, seen=2, categories=2, own_items=2)
+_LONG_MS = 3 * 2_592_000_000  # of own items; three half-lives of the longest interest
 _VECTORS = {"A-1": (0.5, 0.5, 0.5, 0.5), "A-2": (1.0, 0.0, 0.0, 0.0), "Ü-3": (0.0, 0.0, -1.0, 0.0)}
 _CATEGORIES = {"A-1": "Books > Poetry", "A-2": "Garden", "Ü-3": "Käse"}
 _SOURCE = source_key("5a6yJlRzQ7uW0Yx2Jm8n0g", 7)
@@ -43,11 +43,11 @@ def _on(item_id: str, type: str, t_ms: int, weight: float, event_id: str = "") -
 
 
 def _histories() -> dict[str, list[Event]]:
-    view = _on("A-1", "view", NOW_MS - _MONTH_MS, 0.25, "e-1")
+    view = _on("A-1", "view", NOW_MS - _LONG_MS, 0.25, "e-1")
     buy = replace(_on("A-2", "purchase", NOW_MS, 1.0, "e-2"), spend=19.5)
     return {
         "one view": [view],
-        "a view, and a purchase a month later": [view, buy],
+        "a view, and a purchase three months later": [view, buy],
         "more than the window, the ids and the categories hold; a dislike; another currency": [
             view,
             buy,
@@ -89,7 +89,7 @@ def golden() -> list[dict[str, Any]]:
         "trained-0123456789abcdef",
         SPACE,
         [2],
-        [NOW_MS - _MONTH_MS],
+        [NOW_MS - _LONG_MS],
         NOW_MS,
     )[0]
     out[0] |= {"next": next_.hex(), "heads": json.loads(heads)}
@@ -135,6 +135,7 @@ def contents(state: bytes, fence: bytes) -> dict[str, Any]:
         ],
         "seen": [f"{key:016x}" for key in profile.seen.tolist()],
         "categories": {f"{key:016x}": mass for key, mass in profile.categories.items()},
+        "own": {f"{key:016x}": mass for key, mass in profile.own.items()},
         "fence": {"revision": revision, "writer": f"{writer:016x}", "expires_s": expires_s},
         "watermark": {f"{key:016x}": offset for key, offset in profile.watermark.items()},
     }

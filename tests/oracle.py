@@ -43,6 +43,7 @@ class Rules:
     window: int = 50
     seen: int = 64
     categories: int = 32
+    own_items: int = 64
 
 
 @dataclass
@@ -62,6 +63,8 @@ class Expected:
     masses: list[float] = field(default_factory=list)
     window: list[tuple[int, int, float, int, int]] = field(default_factory=list)
     categories: dict[int, float] = field(default_factory=dict)  # all, without the bound
+    own: dict[int, float] = field(default_factory=dict)  # all, without the bound
+    own_mass: float = 0.0  # of all weights, decayed as own items are
     pending: int = 0
     pending_lost: int = 0
 
@@ -116,6 +119,11 @@ class _Shopper:
             if e.category_key:
                 mass = e.weight * _decay(now_ms - e.t_ms, self.rules.half_lives_s[-1])
                 out.categories[e.category_key] = out.categories.get(e.category_key, 0.0) + mass
+        for e in weighty:
+            mass = e.weight * _decay(now_ms - e.t_ms, 3 * self.rules.half_lives_s[-1])
+            out.own_mass += abs(mass)
+            if e.item_key:
+                out.own[e.item_key] = out.own.get(e.item_key, 0.0) + mass
         entries = [
             (e.t_ms, e.item_key, e.weight, TYPE_CODE[e.type], FLAG_TEXT if e.text else 0)
             for e in weighty
@@ -184,6 +192,7 @@ def compare(profile: Profile, expected: Expected, rtol: float = 1e-4) -> list[st
             near(f"sums[{k}][{d}]", got, value, mass)
     differences += _compare_windows(profile, expected)
     differences += _compare_categories(profile, expected, rtol * masses[-1] + _NOTHING)
+    differences += _compare_own(profile, expected, rtol * expected.own_mass + _NOTHING)
     return differences
 
 
@@ -225,6 +234,21 @@ def _compare_categories(profile: Profile, expected: Expected, tolerance: float) 
             if abs(got.get(key, 0.0) - want.get(key, 0.0)) > tolerance
         ]
     return differences
+
+
+def _compare_own(profile: Profile, expected: Expected, tolerance: float) -> list[str]:
+    """Within the bound every item is there. Beyond it, those that stay depend on how the events
+    were cut into batches."""
+    got, want, limit = profile.own, expected.own, expected.rules.own_items
+    if len(got) != min(len(want), limit):
+        return [f"own: {len(got)} items kept instead of {min(len(want), limit)}"]
+    if len(want) > limit:
+        return [f"own[{key:016x}]: never had" for key in sorted(got.keys() - want.keys())]
+    return [
+        f"own[{key:016x}]: {got.get(key, 0.0)} instead of {want.get(key, 0.0)}"
+        for key in sorted(got.keys() | want.keys())
+        if abs(got.get(key, 0.0) - want.get(key, 0.0)) > tolerance
+    ]
 
 
 def _nonzero(counts: Mapping[str, int]) -> dict[str, int]:

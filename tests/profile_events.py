@@ -17,8 +17,8 @@ from tests.oracle import FORGET, Event, Rules
 
 DIMENSIONS = 4
 SPACE = 0x5EED
-LAYOUT = Layout(DIMENSIONS, window=5, seen=4, categories=8, currency="EUR")
-RULES = Rules(LAYOUT.half_lives_s, LAYOUT.window, LAYOUT.seen, LAYOUT.categories)
+LAYOUT = Layout(DIMENSIONS, window=5, seen=4, categories=8, own_items=8, currency="EUR")
+RULES = Rules(LAYOUT.half_lives_s, LAYOUT.window, LAYOUT.seen, LAYOUT.categories, LAYOUT.own_items)
 
 YEAR_1990_MS = 631_152_000_000
 YEAR_2100_MS = 4_102_444_800_000

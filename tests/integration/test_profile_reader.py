@@ -30,7 +30,7 @@ from profiles import (
 )
 from profiles.arithmetic import Layout
 from profiles.items import ItemRecord, ItemStore
-from profiles.schema import Keys, key64
+from profiles.schema import SCHEMA_VERSION, Keys, key64
 from profiles.schema_doc import reader_acl
 from profiles.store import ProfileStore
 from stream.local_stack import RedisServer
@@ -43,6 +43,7 @@ pytestmark = pytest.mark.redis
 
 D = 16
 LAYOUT = Layout(D)
+LATER = (SCHEMA_VERSION + 1).to_bytes(2, "little")
 SPACE = 0xFEED
 SPACE_ID = f"{SPACE:016x}"
 VERSION = "00112233aabbccdd"
@@ -352,7 +353,7 @@ def test_what_cannot_be_read_is_named(
     state = redis_client.hget(key, "state")
     assert isinstance(state, bytes)
     reader = make_reader(redis_url, namespace)
-    for bad, error in [(state[:-1], StateCorrupt), (b"\2" + state[1:], SchemaTooNew)]:
+    for bad, error in [(state[:-1], StateCorrupt), (LATER + state[2:], SchemaTooNew)]:
         redis_client.hset(key, "state", bad)
         for method, argument in [("get", "ann"), ("get_many", ["ann"]), ("exists", "ann")]:
             with pytest.raises(error, match="'ann'"):

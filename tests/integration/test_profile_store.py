@@ -26,7 +26,7 @@ from profiles import (
 )
 from profiles.arithmetic import Layout, Profiles
 from profiles.fates import Fates
-from profiles.schema import Keys
+from profiles.schema import SCHEMA_VERSION, Keys
 from profiles.schema_doc import writer_acl
 from profiles.store import ProfileStore
 from stream.local_stack import RedisServer
@@ -49,6 +49,7 @@ from tests.profile_events import (
 pytestmark = pytest.mark.redis
 
 TTL_S = 100_000
+LATER = (SCHEMA_VERSION + 1).to_bytes(2, "little")
 NOW_S = time.time()  # expiries are checked by Redis, against the real clock
 CATEGORY_NAMES = {1: "Garden"}
 
@@ -487,7 +488,7 @@ def test_an_unreadable_profile_is_named(
     state = redis_client.hget(key, "state")
     assert isinstance(state, bytes)
     other = open_store(redis_url, layout=replace(LAYOUT, half_lives_s=(1.0, 2.0, 3.0)))
-    for bad, error in [(state[:-1], StateCorrupt), (b"\2" + state[1:], SchemaTooNew)]:
+    for bad, error in [(state[:-1], StateCorrupt), (LATER + state[2:], SchemaTooNew)]:
         redis_client.hset(key, "state", bad)
         with pytest.raises(error, match=r"\{bad\}"):
             open_store(redis_url).load(["good", "bad"])

@@ -26,7 +26,9 @@ from profiles.schema_doc import reader_acl
 from profiles.store import ProfileStore
 from stream import cli
 from stream.local_stack import RedisServer
+from tests import oracle
 from tests.integration.test_profile_reader import (
+    EVENTS,
     LAYOUT,
     READERS,
     SPACE,
@@ -84,10 +86,11 @@ def test_every_signal_is_what_it_is_defined_to_be(reader: Asked) -> None:
     # Item 9 after item 2 (age 0) and item 1 (age 2), by their counts and its own.
     share = 3.0 / (8 + 1) ** 0.5 + 0.8**2 * 2.0 / (3 + 1) ** 0.5
     assert near.signals["covisitation"] == pytest.approx(share / (15 + 1) ** 0.3, rel=1e-5)
-    own = {0: 0.9**3 + 0.9, 1: 0.9**2, 2: 1.0}
+    own = oracle.fold(EVENTS)["ann"].own
+    assert profile.own == pytest.approx(own, rel=1e-6)
     for item in (0, 1, 2, 9):
         got = found[item_id(item)]
-        assert got.signals["own"] == pytest.approx(own.get(item, 0.0), rel=1e-6)
+        assert got.signals["own"] == pytest.approx(own.get(key64(item_id(item)), 0.0), rel=1e-6)
         cosine = (arithmetic.unit(profile.sums) @ VECTORS[item]).mean()
         assert got.signals["text"] == pytest.approx(cosine, abs=1e-5)
         assert (got.title, got.signals["next_interest"]) == (f"Title {item}", 0.0)
@@ -156,6 +159,20 @@ def test_what_was_seen_can_be_left_out(reader: Asked) -> None:
     unseen = reader.ask("recommend", "ann", 500, exclude_seen=True)
     assert not seen & {r.item_id for r in unseen}
     assert item_id(9) in {r.item_id for r in unseen}
+
+
+def test_what_a_shopper_had_before_the_window_is_recommended_again(
+    shop: tuple[str, str], reader: Asked
+) -> None:
+    old, *latest = (event("regular", i, NOW_MS + i) for i in (0, 1, 2))
+    save(*shop, in_topic([old, *latest * LAYOUT.window]))
+    regular = reader.ask("get", "regular")
+    assert old.item_key in regular.own
+    assert old.item_key not in regular.window["item"]
+    found = {r.item_id: r.signals["own"] for r in reader.ask("recommend", "regular", 500)}
+    assert found[item_id(0)] == pytest.approx(1.0, rel=1e-6)
+    unseen = reader.ask("recommend", "regular", 500, exclude_seen=True)
+    assert item_id(0) not in {r.item_id for r in unseen}
 
 
 def test_a_published_ranker_serves_its_space_alone(shop: tuple[str, str], reader: Asked) -> None:

@@ -12,6 +12,7 @@ from model.baselines import (
     ItemNeighbours,
     LastBasket,
     OwnFrequency,
+    OwnItems,
     Popular,
     TextProfile,
     TextSteps,
@@ -51,6 +52,7 @@ def baselines() -> dict[str, Scorer]:
     return {
         "popular": Popular(ITEMS, half_life_ms=10),
         "own": OwnFrequency(ITEMS),
+        "own items": OwnItems(USERS, ITEMS, half_life_ms=10, most=2),
         "last basket": LastBasket(ITEMS),
         "neighbours": ItemNeighbours(ITEMS),
         "blend": Blend((OwnFrequency(ITEMS), LastBasket(ITEMS)), total),

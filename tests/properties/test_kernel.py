@@ -185,11 +185,11 @@ def test_glances_round_as_percent_does(spends: list[float]) -> None:
     assert_same({}, events)
 
 
-@given(histories(min_size=10), st.integers(1, 3), st.integers(0, 2))
+@given(histories(min_size=10), st.integers(1, 3), st.integers(0, 2), st.integers(0, 3))
 def test_small_bounds_keep_what_the_reference_keeps(
-    events: list[Event], categories: int, seen: int
+    events: list[Event], categories: int, seen: int, own: int
 ) -> None:
-    layout = Layout(DIMENSIONS, window=2, seen=seen, categories=categories, currency="EUR")
+    layout = Layout(DIMENSIONS, window=2, seen=seen, categories=categories, own_items=own)
     in_batches({}, events, layout)
 
 
@@ -206,6 +206,7 @@ def test_many_events_of_one_shopper_agree_to_rounding() -> None:
     np.testing.assert_allclose(got.sums, want.sums, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got.masses, want.masses, rtol=1e-5)
     assert got.categories == pytest.approx(want.categories, rel=1e-4, abs=1e-4)
+    assert got.own == pytest.approx(want.own, rel=1e-4, abs=1e-4)
 
 
 def test_what_is_rare_is_left_with_nothing_done() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from profiles import Profile, ProfilesError, StateCorrupt, arithmetic
 from profiles.arithmetic import Layout, Profiles
 from profiles.fates import ERASED, FORGOTTEN, REPLAYED
-from profiles.schema import MAX_PENDING
+from profiles.schema import MAX_PENDING, OWN_ENTRY, SCHEMA_VERSION, WINDOW_ENTRY
 from tests import oracle
 from tests.oracle import FORGET, Event
 from tests.profile_events import (
@@ -65,6 +65,10 @@ def assert_same(got: Profile, want: Profile, *, arrival: bool = True) -> None:
     assert got.categories.keys() == want.categories.keys()
     for key, mass in want.categories.items():
         assert got.categories[key] == pytest.approx(mass, rel=1e-5, abs=tolerance[-1])
+    assert got.own.keys() == want.own.keys()
+    # Fewer than 25 events, none heavier than 100.
+    for key, mass in want.own.items():
+        assert got.own[key] == pytest.approx(mass, rel=1e-5, abs=0.0025)
 
 
 # --- the oracle ----------------------------------------------------------------------------
@@ -197,6 +201,62 @@ def test_after_a_half_life_half_is_left(t_ms: int, weight: float) -> None:
         np.testing.assert_allclose(
             profile.sums[k], weight / 2 * VECTOR_OF[ITEM_KEYS[0]], rtol=1e-5, atol=1e-8
         )
+
+
+# --- own items -----------------------------------------------------------------------------
+
+
+@given(one_day, st.floats(0.1, 20.0))
+def test_own_items_fade_three_times_as_slowly_as_the_longest_interest(
+    t_ms: int, weight: float
+) -> None:
+    later = t_ms + int(3000 * LAYOUT.half_lives_s[-1])
+    profile = after(in_topic([item_event(0, t_ms, weight), _tick(later)]))["u"]
+    assert profile.own == {ITEM_KEYS[0]: pytest.approx(weight / 2, rel=1e-6)}
+
+
+def test_the_lightest_own_items_are_forgotten_however_much_they_were_disliked() -> None:
+    weights = [1.0, -3.0, 0.5, 2.0]
+    layout = replace(LAYOUT, own_items=2)
+    events = in_topic(item_event(i, NOW_MS, weight) for i, weight in enumerate(weights))
+    assert after(events, layout)["u"].own == {ITEM_KEYS[1]: -3.0, ITEM_KEYS[3]: 2.0}
+    assert after(events, replace(LAYOUT, own_items=0))["u"].own == {}
+
+
+def test_an_own_item_counts_before_its_text_is_known_and_once() -> None:
+    shelf = Shelf()
+    shelf.fold(in_topic([replace(item_event(0), vector=None)]))
+    assert shelf.profile("u").own == {ITEM_KEYS[0]: 1.0}
+    shelf.resolve(ITEM_KEYS)
+    assert shelf.profile("u").own == {ITEM_KEYS[0]: 1.0}
+
+
+@given(histories(), st.integers(0, 25))
+def test_a_profile_of_version_1_begins_with_the_own_items_of_its_window(
+    events: list[Event], cut: int
+) -> None:
+    shelf = Shelf()
+    shelf.fold(events[:cut])
+    shelf.states = {user: as_version_1(state) for user, state in shelf.states.items()}
+    for profile in shelf.profiles().values():
+        assert profile.own == arithmetic.own_of(
+            profile.window, profile.updated_ms, LAYOUT.half_lives_s, LAYOUT.own_items
+        )
+    shelf.fold(events[cut:])
+    want = after(events, cuts=[min(cut, len(events))])
+    for user, profile in shelf.profiles().items():
+        if profile.events <= LAYOUT.window:
+            assert_same(profile, want[user])
+
+
+def as_version_1(state: bytes) -> bytes:
+    """The same profile as the first version wrote it, which kept no own items."""
+    size = LAYOUT.header.itemsize
+    header = np.frombuffer(bytearray(state[:size]), LAYOUT.header)
+    own_n, pending_n = int(header["own_n"][0]), int(header["pending_n"][0])
+    header["version"], header["own_n"] = 1, 0
+    end = len(state) - pending_n * WINDOW_ENTRY.itemsize
+    return header.tobytes() + state[size : end - own_n * OWN_ENTRY.itemsize] + state[end:]
 
 
 # --- hostile input -------------------------------------------------------------------------
@@ -505,7 +565,7 @@ def test_a_glance_is_json_and_agrees_with_the_profile(events: list[Event], name:
     names = {key: f"{name} {key:016x}" for key in oracle_categories(events)}
     for user_id, text in zip(users, arithmetic.glances(shelf.load(users), names), strict=True):
         glance, profile = json.loads(text), shelf.profile(user_id)
-        assert (glance["v"], glance["updated_ms"]) == (1, profile.updated_ms)
+        assert (glance["v"], glance["updated_ms"]) == (SCHEMA_VERSION, profile.updated_ms)
         assert (glance["events"], glance["counts"]) == (profile.events, profile.counts)
         assert glance["spend"] == pytest.approx(profile.spend, abs=0.0051)
         liked = sorted((-m, key) for key, m in profile.categories.items() if m > 0)[:5]

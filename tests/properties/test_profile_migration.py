@@ -93,6 +93,7 @@ def test_the_identity_into_the_same_vectors_changes_nothing_but_the_space(
         for name in ("masses", "window", "seen"):
             np.testing.assert_array_equal(getattr(moved, name), getattr(profile, name))
         assert (moved.watermark, moved.categories) == (profile.watermark, profile.categories)
+        assert moved.own == profile.own
         assert (moved.events, moved.pending) == (profile.events, profile.pending)
 
 

@@ -12,6 +12,7 @@ from model.baselines import (
     ItemNeighbours,
     LastBasket,
     OwnFrequency,
+    OwnItems,
     Popular,
     TextProfile,
     TextSteps,
@@ -58,6 +59,21 @@ def test_own_items_count_per_basket_and_the_rest_by_popularity() -> None:
     found = scores(own)
     assert found[1] == pytest.approx(1.5, abs=1e-4)
     assert found[2] == pytest.approx(0.5, abs=1e-4)
+    assert 1e-4 > found[3] > found[0] == 0
+
+
+def test_own_items_fade_in_time_and_the_lightest_are_forgotten() -> None:
+    own = OwnItems(2, 4, half_life_ms=100, most=2)
+    own.update(log((0, 0, 1), (0, 0, 2), (100, 0, 1), (0, 1, 3)))
+    masses = own.masses(np.array([0, 1]))
+    assert masses.tolist() == [[0, 1.5, 0.5, 0], [0, 0, 0, 1]]
+    own.update(log((100, 0, 3), weight=0.75))
+    assert own.masses(np.array([0])).tolist() == [[0, 1.5, 0, 0.75]]
+    own.update(log((100, 0, 3), weight=-2.0))
+    own.update(log((200, 0, NO_ITEM)))
+    assert own.masses(np.array([0])).tolist() == [[0, 0.75, 0, 0]]  # the other is disliked
+    found = scores(own)
+    assert found[1] == pytest.approx(1, abs=1e-4)
     assert 1e-4 > found[3] > found[0] == 0
 
 

@@ -101,9 +101,10 @@ def test_a_case_has_the_signals_of_the_stream_before_it() -> None:
         logs = [np.log1p(recent.get(key, 0.0)) for key in range(1, ITEMS + 1)]
         np.testing.assert_allclose(items[:, 1], logs, rtol=1e-4, atol=1e-6)
         own = np.zeros(ITEMS)
-        for age, i in enumerate(reversed(mine.tolist())):  # every event an instant of its own
-            own[windows.item[i]] += 0.9**age
-        np.testing.assert_allclose(got[:, 3], own, rtol=1e-5)
+        for i in at[windows.item[at] >= 0].tolist():
+            days = (windows.t_ms[end] - windows.t_ms[i]) / DAY_MS
+            own[windows.item[i]] += windows.weight[i] * 2.0 ** (-days / 90)
+        np.testing.assert_allclose(got[:, 3], np.maximum(own, 0), rtol=1e-5, atol=1e-6)
         assert (got[:, 0] == 0).all()  # nobody foretells
         later = np.arange(end + 1, first + 8)
         good = later[(windows.weight[later] > 0) & (windows.item[later] >= 0)]
@@ -112,6 +113,19 @@ def test_a_case_has_the_signals_of_the_stream_before_it() -> None:
         for i in mine.tolist():
             days[windows.item[i]] = (windows.t_ms[good[0]] - windows.t_ms[i]) / DAY_MS
         np.testing.assert_allclose(items[:, 2], np.log1p(days), rtol=1e-5)
+
+
+def test_a_case_knows_own_items_from_before_the_window_but_no_more_than_a_profile_keeps() -> None:
+    windows = shop(events=12)
+    cut_ms = T0_MS + 9 * DAY_MS
+    long = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms)
+    short = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms, window=2)
+    np.testing.assert_array_equal(short.cases.signals[..., 3], long.cases.signals[..., 3])
+    few = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms, own_items=2)
+    assert (long.cases.signals[..., 3] > 0).sum(axis=1).max() > 2
+    assert (few.cases.signals[..., 3] > 0).sum(axis=1).max() == 2
+    none = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms, own_items=0)
+    assert (none.cases.signals[..., 3] == 0).all()
 
 
 def foreteller(seed: int = 1) -> Foreteller:

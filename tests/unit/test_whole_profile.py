@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.baselines import DAY_MS
+from model.baselines import DAY_MS, HALF_LIVES_MS, OWN_HALF_LIFE_MS, OWN_ITEMS
 from model.evaluate import metric
 from model.prequential import Events, Ranked, prequential
 from model.projection import Projection
 from model.ranker import first_weights
 from model.trainer import Base, Catalogue, TrainSettings
 from model.whole_profile import Schedule, WholeProfile
+from profiles.arithmetic import Layout
 from profiles.schema import EVENT_TYPES
 from stream.evaluation_data import Recorded, windows_of
+from stream.settings import ProfileSettings
 
 ITEMS, USERS, DAYS, WIDTH = 24, 120, 24, 8
 SCHEDULE = Schedule(every_ms=6 * DAY_MS, first_epochs=6, epochs=1, newest_ms=12 * DAY_MS)
@@ -117,6 +119,13 @@ def test_its_heads_speak_after_events_and_never_before_the_first_training(
     assert events.min() >= first // DAY_MS * USERS
     for chances in whole.foretold.chance.values():
         assert len(np.concatenate(chances)) == len(events)
+
+
+def test_own_items_are_judged_as_a_profile_keeps_them() -> None:
+    kept = Layout(1)
+    assert kept.half_lives_ms.tolist() == list(HALF_LIVES_MS)
+    assert (kept.own_half_life_ms, kept.own_items) == (OWN_HALF_LIFE_MS, OWN_ITEMS)
+    assert ProfileSettings().own_items == OWN_ITEMS
 
 
 def test_without_a_schedule_it_is_the_blend_by_hand(tmp_path: Path) -> None:
