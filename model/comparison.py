@@ -22,8 +22,9 @@ from . import training_rows as tr
 from .candidate import Candidate
 from .evaluate import UserBootstrap, auc, calibration_error, metric, ranks
 from .gate import Comparison, Figure
-from .heads import HEADS, Heads
-from .training_data import decayed_interests, next_interests, sample, window_inputs
+from .head_training import chances, judged
+from .heads import Heads
+from .training_data import decayed_interests, next_interests, sample
 from .window_encoder import WindowEncoder
 from .windows import Labelled
 
@@ -52,18 +53,6 @@ class Contender:
     def interests(self, windows: Labelled, ends: Ints, events: int) -> Floats:
         """(k, D) next interests after the windows that end with events `ends` (k,)."""
         return next_interests(windows, ends, self.vectors, self.window, events)
-
-    def chances(self, windows: Labelled, ends: Ints, events: int) -> dict[str, Floats]:
-        """(k,) of each head after those windows; {} without heads."""
-        if self.heads is None or self.window is None:
-            return {}
-        parts = [
-            self.heads.predict(
-                self.window.hidden(*window_inputs(windows, part, self.vectors, events))
-            )
-            for part in _parts(ends)
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def compare(
@@ -108,8 +97,7 @@ def compare(
         "returning users": place > _NEW_USER_EVENTS,
         "rare items": item_events[newest.item] <= _RARE_EVENTS,
     } | {name: items[newest.item] for name, items in (item_slices or {}).items()}
-    told = sample(np.flatnonzero(judging & (windows.t_ms >= cut_ms)), most, seed)
-    heads, calibration = _heads(windows, told, contenders, events)
+    heads, calibration = _heads(windows, contenders, events, most, seed)
     return Comparison(
         newest=newest.figure(METRIC),
         older=(older.figure(METRIC),),
@@ -193,7 +181,6 @@ def weight_norms(
     of: dict[str, Callable[[Candidate], Iterable[npt.NDArray[Any]]]] = {
         "the projection": lambda c: [c.projection.matrix],
         "the window encoder": lambda c: _arrays(c.window),
-        "the heads": lambda c: _arrays(c.heads),
     }
     norms = {name: tuple(map(_length, map(arrays, both))) for name, arrays in of.items()}
     return {name: (before, after) for name, (before, after) in norms.items()}
@@ -208,27 +195,26 @@ def _arrays(module: nn.Module) -> list[npt.NDArray[Any]]:
 
 
 def _heads(
-    windows: Labelled, ends: Ints, contenders: tuple[Contender, Contender], events: int
+    windows: Labelled, contenders: tuple[Contender, Contender], events: int, most: int, seed: int
 ) -> tuple[tuple[Figure, ...], tuple[Figure, ...]]:
-    """AUC, and calibration errors with their sign turned, of heads that both contenders have."""
-    chances = [
-        contender.chances(windows, ends, events) if len(ends) else {} for contender in contenders
-    ]
-    right, calibrated = [], []
-    for name in HEADS:
+    """AUC, and calibration errors with their sign turned, of heads that both contenders have, on
+    windows from which the candidate's have not learned."""
+    right: list[Figure] = []
+    calibrated: list[Figure] = []
+    current, candidate = (contender.heads for contender in contenders)
+    if current is None or candidate is None:
+        return (), ()
+    for name in candidate.names:
+        ends = judged(windows, candidate, name, most, seed)
         label = getattr(windows, name)[ends]
-        known = label >= 0
-        if any(name not in c or np.isnan(c[name]).any() for c in chances):
-            continue
-        if not 0 < int(label[known].sum()) < int(known.sum()):
-            continue  # one class only says nothing
-        users = tr.owners(windows)[ends[known]]
-        of = [c[name][known] for c in chances]
-        right.append(_auc(name, of, label[known], users))
-        errors = [calibration_error(p, label[known]) for p in of]
+        of = [chances(windows, heads, ends, events)[name] for heads in (current, candidate)]
+        if np.isnan(of).any() or not 0 < int(label.sum()) < len(label):
+            continue  # what has learned nothing, or one class only, says nothing
+        right.append(_auc(name, of, label, tr.owners(windows)[ends]))
+        errors = [calibration_error(p, label) for p in of]
         change = errors[0] - errors[1]  # without an interval: the error is of bins, not of windows
         calibrated.append(
-            Figure(f"{name} -ECE", -errors[0], -errors[1], change, change, int(known.sum()))
+            Figure(f"{name} -ECE", -errors[0], -errors[1], change, change, len(label))
         )
     return tuple(right), tuple(calibrated)
 

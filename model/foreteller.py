@@ -66,7 +66,7 @@ class Foreteller:
 
         `returns` is told as `churn`, which is its opposite and what shops ask for."""
         hidden = self._window.hidden(vectors, types, t_ms, lengths)
-        heads = self._heads.predict(hidden)
+        heads = self._heads.read(types, t_ms, lengths, self.events)
         if "returns" in heads:
             heads["churn"] = 1 - heads.pop("returns")
         return Foretold(interests(hidden), heads)

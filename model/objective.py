@@ -6,7 +6,7 @@ PURE. Tensors in, scalars out. It knows neither the network nor where a batch ca
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 Tensor = torch.Tensor
 
@@ -59,29 +59,6 @@ def sampled_softmax(
         return cross_entropy(logits.float(), target)
     each = cross_entropy(logits.float(), target, reduction="none")  # (m,)
     return (each * weight).sum() / weight.sum()
-
-
-def class_weights(labels: Tensor) -> tuple[float, float]:
-    """Weights of negatives and positives that make both classes count the same.
-
-    Labels are 1, 0 or UNKNOWN. Where one class is missing both weights are 0: there is
-    nothing to tell apart, and a head must not learn to shout the only answer it has seen.
-    """
-    positives, negatives = int((labels == 1).sum()), int((labels == 0).sum())
-    if not positives or not negatives:
-        return 0.0, 0.0
-    half = (positives + negatives) / 2
-    return half / negatives, half / positives
-
-
-def balanced_bce(logits: Tensor, labels: Tensor, weights: tuple[float, float]) -> Tensor:
-    """Mean binary cross-entropy over the known labels (m,), each class by its weight."""
-    known = labels != UNKNOWN
-    if not bool(known.any()):
-        return logits.sum() * 0.0
-    truth = labels[known].float()
-    weight = torch.where(truth == 1, weights[1], weights[0])
-    return binary_cross_entropy_with_logits(logits[known].float(), truth, weight=weight)
 
 
 def drift(new: Tensor, old: Tensor) -> Tensor:

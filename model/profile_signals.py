@@ -93,8 +93,8 @@ class ProfileSignals:
         """What the heads say (n,) of `users` (n,), who have events; {} before the first swap."""
         if self._candidate is None:
             return {}
-        hidden = self._candidate.window.hidden(*self._windows(users))
-        return self._candidate.heads.predict(hidden)
+        _, types, t_ms, length = self._users.windows(users)
+        return self._candidate.heads.read(types, t_ms, length, self._users.length)
 
     def _next_interests(self, users: Ints) -> Floats:
         out = np.zeros((len(users), self.vectors.shape[1]), dtype=np.float32)
@@ -116,6 +116,7 @@ class _Users:
     def __init__(self, n_users: int, length: int, item_ids: Sequence[str]) -> None:
         hashes = [hashlib.sha256(item_id.encode()).digest()[:8] for item_id in item_ids]
         self._order = np.frombuffer(b"".join([*hashes, bytes(8)]), "<u8")  # NO_ITEM is the last
+        self.length = length
         self.events = np.zeros(n_users, dtype=np.int64)
         self.count = np.zeros(n_users, dtype=np.int64)  # of events with a weight
         self._item = np.full((n_users, length), NO_ITEM, dtype=np.int32)

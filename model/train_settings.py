@@ -33,7 +33,6 @@ class TrainSettings:
     """Weight of the term that keeps item vectors near the base's. On Online Retail 1 cost no
     NDCG and raised the mean cosine to the base from .71 to .93 (from .35 to .87 in a first
     training); 5 cost 6 % of Recall@20."""
-    head_weight: float = 0.1
     residual_least: int = 3
     """Items with so few training events are served without a residual."""
     newest_share: float = 0.1

@@ -1,9 +1,9 @@
 """Windows and a base -> a candidate: a folder of weights and the figures it came to.
 
-Trains item vectors, window encoder and heads together, on everything but the newest slice. Half
-of its shoppers decide when to stop; the others are left for the gate. The text tower stays
-frozen unless a `Tower` is given. Knows nothing of schedules, of releases or of whether the
-candidate will be accepted.
+Trains item vectors and window encoder together, on everything but the newest slice. Half of its
+shoppers decide when to stop; the others are left for the gate. The heads are fitted at the end,
+by themselves. The text tower stays frozen unless a `Tower` is given. Knows nothing of schedules,
+of releases or of whether the candidate will be accepted.
 
 A run that was killed goes on where its last checkpoint was, and ends with the same weights
 as one that was not.
@@ -34,14 +34,15 @@ from . import training_rows as tr
 from .candidate import ENCODER, Base, Candidate, Catalogue
 from .errors import NonFiniteVectors, NothingToLearn, PackageMissing
 from .evaluate import auc, calibration_error
-from .heads import Heads
+from .head_training import chances, fit_heads, judged
+from .heads import HEADS, Heads
 from .item_vectors import ItemVectors
 from .peers import peers
 from .train_settings import TrainSettings
 from .training_data import Data
 from .training_loss import Learner, StepLoss, Tower
 from .window_encoder import WindowEncoder, WindowShape
-from .windows import Labelled
+from .windows import Labelled, joined
 
 __all__ = ["Base", "Candidate", "Catalogue", "Tower", "TrainSettings", "learning_rate", "train"]
 
@@ -50,6 +51,7 @@ Ints = npt.NDArray[np.int64]
 Tensor = torch.Tensor
 
 CHECKPOINT = "checkpoint.pt"
+_JUDGED = 2_000  # windows that the heads are judged on
 
 Progress = Callable[[str, int, int], None]
 
@@ -127,8 +129,7 @@ class _Run:
         self.tower = tower
         self.old = torch.from_numpy(base.vectors(catalogue)).to(self.device)  # (n, D)
         self.learner = self._learner(types).to(self.device)
-        balance = self.learner.heads.set_balance(self.data.labels(self.data.trained))
-        self.loss = StepLoss(self.learner, tower, self.old, self.counts, balance, settings)
+        self.loss = StepLoss(self.learner, tower, self.old, self.counts, settings)
         groups: list[dict[str, Any]] = [{"params": list(self.learner.parameters()), "share": 1.0}]
         if tower is not None:
             groups.append({"params": tower.parameters(), "share": tower.rate_share})
@@ -154,13 +155,12 @@ class _Run:
             base.residual(self.catalogue) if base.earlier is not None else None,
             seed=settings.seed,
         )
-        learner = Learner(items, WindowEncoder(shape), Heads(shape.dimensions))
+        learner = Learner(items, WindowEncoder(shape))
         earlier = base.earlier
         if earlier is not None and replace(earlier.window.shape, dropout=0) == replace(
             shape, dropout=0
         ):
             learner.window.load_state_dict(earlier.window.state_dict())
-            learner.heads.load_state_dict(earlier.heads.state_dict())
         return learner
 
     def finish(self, tensorboard: Path | None, progress: Progress) -> Candidate:
@@ -269,17 +269,22 @@ class _Run:
         vectors, _ = learner.items.serving(self.counts, self.settings.residual_least)
         return self.data.judge(vectors, learner.window, self.settings.seed)
 
-    def _judge_heads(self) -> dict[str, float]:
-        vectors, _ = self.learner.items.serving(self.counts, self.settings.residual_least)
-        hidden, labels = self.data.newest_states(vectors, self.learner.window, self.settings.seed)
+    def _fit_heads(self) -> tuple[Heads, dict[str, float]]:
+        """Fitted to all windows, and their figures on those that they have not learned from."""
+        how, windows = self.settings, self.data.windows
+        if self.older is not None:  # a window reaches back beyond the newest days
+            windows = joined(self.older.windows, windows)
+        kinds = len(self.learner.window.shape.types)
+        heads = fit_heads(windows, kinds, how.events, how.newest_share, how.seed)
         out: dict[str, float] = {}
-        for name, chance in self.learner.heads.predict(hidden).items():
-            known = (labels[name] >= 0) & np.isfinite(chance)
-            truth = labels[name][known]
-            if len(np.unique(truth)) == 2:  # else there is nothing to tell apart
-                out[f"{name}/auc"] = auc(chance[known], truth)
-                out[f"{name}/calibration_error"] = calibration_error(chance[known], truth)
-        return out
+        for name in HEADS:
+            ends = judged(windows, heads, name, _JUDGED, how.seed)
+            truth = getattr(windows, name)[ends]
+            chance = chances(windows, heads, ends, how.events)[name]
+            if len(np.unique(truth)) == 2 and np.isfinite(chance).all():
+                out[f"{name}/auc"] = auc(chance, truth)
+                out[f"{name}/calibration_error"] = calibration_error(chance, truth)
+        return heads, out
 
     # --- what lasts -------------------------------------------------------------------------
 
@@ -361,16 +366,17 @@ class _Run:
         vectors, residual = learner.items.serving(self.counts, self.settings.residual_least)
         if not np.isfinite(vectors).all():
             raise NonFiniteVectors("training diverged; lower LEARN_RATE and train again")
+        heads, figures = self._fit_heads()
         candidate = Candidate(
             path=self.folder,
             projection=learner.items.projection(),
             window=learner.window,
-            heads=learner.heads,
+            heads=heads,
             item_ids=self.catalogue.item_ids,
             vectors=vectors,
             residual=residual,
             counts=self.counts,
-            metrics=self._figures(vectors),
+            metrics=self._figures(vectors, figures),
         )
         if self.peers.first:
             if self.tower is not None:
@@ -379,7 +385,7 @@ class _Run:
             (self.folder / CHECKPOINT).unlink(missing_ok=True)
         return candidate
 
-    def _figures(self, vectors: Floats) -> dict[str, Any]:
+    def _figures(self, vectors: Floats, of_heads: dict[str, float]) -> dict[str, Any]:
         state, old = self.state, self.old.cpu().numpy()
         earlier = self.base.earlier
         before = self.data.judge(
@@ -387,7 +393,7 @@ class _Run:
         )
         trained = int(self.data.useful.sum()) * state.epoch
         return {
-            "newest": self._judge(self.learner) | self._judge_heads(),
+            "newest": self._judge(self.learner) | of_heads,
             "newest_base": before,
             "cut_ms": self.data.cut_ms,
             "epochs": state.epoch,

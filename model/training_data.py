@@ -16,7 +16,6 @@ import torch
 from . import training_rows as tr
 from .errors import NothingToLearn
 from .evaluate import metric, ranks
-from .heads import HEADS
 from .projection import unit_rows
 from .window_encoder import WindowEncoder
 from .windows import Labelled
@@ -31,7 +30,7 @@ _STALE_DECAY = 0.8  # per event, in the profile of a release that has no window 
 
 @dataclass(frozen=True)
 class Batch:
-    """r rows of L positions on the device; q positions are asked, e are real events."""
+    """r rows of L positions on the device; q positions are asked."""
 
     item: Tensor  # (r * L,) catalogue rows, 0 where there is none
     has_item: Tensor  # (r, L)
@@ -41,7 +40,6 @@ class Batch:
     asked: Tensor  # (r, L) bool
     target: Tensor  # (q,)
     weight: Tensor  # (q,) of the target's event
-    labels: dict[str, Tensor]  # name -> (e,)
 
 
 def window_inputs(
@@ -112,8 +110,7 @@ class Data:
                 "no window has a next item yet, so there is nothing to learn: "
                 "wait for shoppers to come back, or take a longer span of the archive"
             )
-        self.trained = windows.t_ms < self.cut_ms
-        known = (windows.item >= 0) & (windows.weight > 0) & self.trained
+        known = (windows.item >= 0) & (windows.weight > 0) & (windows.t_ms < self.cut_ms)
         self.counts: Ints = np.bincount(windows.item[known], minlength=n_items).astype(np.int64)
         stops = tr.stopping(windows)[tr.owners(windows)]
         self._judgeable = np.flatnonzero(
@@ -124,12 +121,6 @@ class Data:
     def judged(self) -> int:
         """Windows of the newest slice that decide when to stop."""
         return len(self._judgeable)
-
-    def labels(self, where: tr.Bools) -> dict[str, Tensor]:
-        return {
-            name: torch.from_numpy(getattr(self.windows, name)[where].astype(np.int64))
-            for name in HEADS
-        }
 
     def batch(
         self, first: Ints, length: Ints, rng: np.random.Generator, device: torch.device
@@ -143,9 +134,6 @@ class Data:
         where = event[asked]  # (q,)
         spread = targets.stop[where] - targets.first[where]
         chosen = targets.first[where] + rng.integers(0, spread)  # (q,)
-        labels = self.labels(event[real])
-        # Labels of the newest slice are for judging.
-        known = torch.from_numpy(self.trained[event[real]])
 
         def on(array: npt.NDArray[Any]) -> Tensor:
             return torch.from_numpy(array).to(device)
@@ -159,9 +147,6 @@ class Data:
             asked=on(asked),
             target=on(targets.item[chosen].astype(np.int64)),
             weight=on(targets.weight[chosen].astype(np.float32)),
-            labels={
-                name: torch.where(known, label, -1).to(device) for name, label in labels.items()
-            },
         )
 
     def judge(self, vectors: Floats, window: WindowEncoder | None, seed: int) -> dict[str, float]:
@@ -184,17 +169,6 @@ class Data:
         return {name: float(metric(name, place).mean()) for name in names} | {
             "windows": float(len(ends))
         }
-
-    def newest_states(
-        self, vectors: Floats, window: WindowEncoder, seed: int
-    ) -> tuple[Floats, dict[str, Any]]:
-        """States and labels of windows in the newest slice."""
-        ends = sample(np.flatnonzero(~self.trained), _JUDGED, seed)
-        states = [
-            window.hidden(*window_inputs(self.windows, part, vectors, self.events))
-            for part in np.array_split(ends, max(len(ends) // 256, 1))
-        ]
-        return np.concatenate(states), {name: getattr(self.windows, name)[ends] for name in HEADS}
 
 
 def sample(ends: Ints, most: int, seed: int) -> Ints:

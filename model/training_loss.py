@@ -1,4 +1,4 @@
-"""What a step of training minimises: the next item among others, the heads, nearness to the base.
+"""What a step of training minimises: the next item among others, and nearness to the base.
 
 Knows weights and batches; knows nothing of epochs, of judging or of files.
 """
@@ -14,9 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from .heads import HEADS, Heads
 from .item_vectors import ItemVectors
-from .objective import balanced_bce, drift, log_chances, sampled_softmax
+from .objective import drift, log_chances, sampled_softmax
 from .train_settings import TrainSettings
 from .training_data import Batch
 from .window_encoder import WindowEncoder, unit
@@ -54,13 +53,12 @@ class Tower(Protocol):
 
 
 class Learner(nn.Module):
-    """Everything that is trained, as one module."""
+    """What is trained by steps, as one module."""
 
-    def __init__(self, items: ItemVectors, window: WindowEncoder, heads: Heads) -> None:
+    def __init__(self, items: ItemVectors, window: WindowEncoder) -> None:
         super().__init__()
         self.items = items
         self.window = window
-        self.heads = heads
         self.log_scale = nn.Parameter(torch.tensor(math.log(_FIRST_SCALE)))
 
     def scale(self) -> Tensor:
@@ -76,13 +74,11 @@ class StepLoss:
         tower: Tower | None,
         old: Tensor,
         counts: Ints,
-        balance: dict[str, tuple[float, float]],
         settings: TrainSettings,
     ) -> None:
-        """`old` (n, D): the base's item vectors; `counts` (n,): training events; `balance`: class
-        weights of each head."""
+        """`old` (n, D): the base's item vectors; `counts` (n,): training events."""
         self._learner, self._tower, self._old = learner, tower, old
-        self._balance, self._settings = balance, settings
+        self._settings = settings
         # Only items that were met are negatives: an item that is always one learns to hide.
         known = np.flatnonzero(counts)
         self._known = torch.from_numpy(known).to(old.device)
@@ -120,8 +116,6 @@ class StepLoss:
             self._hard(batch.target),
             batch.weight,
         )
-        if settings.head_weight:
-            loss = loss + settings.head_weight * self._head_loss(hidden, batch)
         if settings.compatibility:
             moved = drift(vectors, self._old[rows])
             loss = loss + settings.compatibility * moved
@@ -150,13 +144,3 @@ class StepLoss:
         rows = self._known[near.topk(count, dim=1).indices]  # (q, h)
         hard: Tensor = self._learner.items(rows.flatten())
         return hard.view(*rows.shape, -1)
-
-    def _head_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        logits = self._learner.heads(hidden[batch.real])  # (e, k)
-        return sum(
-            (
-                balanced_bce(logits[:, k], batch.labels[name], self._balance[name])
-                for k, name in enumerate(HEADS)
-            ),
-            start=logits.sum() * 0.0,
-        )

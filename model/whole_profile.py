@@ -171,9 +171,10 @@ class WholeProfile:
     def _train(self, now_ms: int) -> None:
         events = _concatenated(self._told)
         self._told = [events]
-        newest = events.t_ms >= now_ms - self._schedule.newest_ms
+        whole = self._label(events)
+        newest = whole.t_ms >= now_ms - self._schedule.newest_ms
         first = self._candidate is None
-        windows = self._label(events.take(newest))
+        windows = whole.take_events(newest)
         number = len(self.trainings)
         candidate = trainer.train(
             windows,
@@ -186,9 +187,9 @@ class WholeProfile:
                 epochs=self._schedule.first_epochs if first else self._schedule.epochs,
                 seed=self._settings.seed + number,
             ),
-            replay=self._label(events.take(~newest)) if not newest.all() else None,
+            replay=whole.take_events(~newest) if not newest.all() else None,
         )
-        decision = self._decide(self._label(events), candidate)
+        decision = self._decide(whole, candidate)
         self.trainings.append(Training(now_ms, len(windows), tuple(decision.reasons)))
         if not decision.accepted:
             return

@@ -8,7 +8,7 @@ It does not know events, archives or how labels are made (`stream/labelling.py` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,3 +90,23 @@ class Labelled:
             rating=None if self.rating is None else self.rating[at],
             label=None if self.label is None else [self.label[i] for i in at.tolist()],
         )
+
+
+def joined(older: Labelled, newer: Labelled) -> Labelled:
+    """The events of both, of a user the older first, without ratings and labels of messages."""
+    names = sorted({*older.user, *newer.user})
+    place = {name: j for j, name in enumerate(names)}
+    user = np.concatenate(
+        [
+            np.repeat(np.array([place[name] for name in part.user], np.int64), np.diff(part.start))
+            for part in (older, newer)
+        ]
+    )
+    order = np.argsort(user, kind="stable")
+    counts = np.bincount(user, minlength=len(names))
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(older, name), getattr(newer, name)])[order]
+        for name in ("item", "type", "t_ms", "weight", "purchase", "returns")
+    }
+    start = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    return Labelled(start=start, user=names, **columns)

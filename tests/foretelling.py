@@ -23,7 +23,7 @@ def build_foretelling_release(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         window = WindowEncoder(WindowShape(parent.dimensions, events, EVENT_TYPES, layers=layers))
-        heads = Heads(parent.dimensions)
+        heads = Heads(len(EVENT_TYPES))
         torch.nn.init.normal_(heads.out.weight)
     heads.trained.fill_(1.0)
     projection = Projection.load(parent.path / "projection.safetensors")

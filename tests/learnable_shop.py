@@ -24,7 +24,6 @@ SMALL = TrainSettings(
     learning_rate=1e-2,
     warmup_steps=5,
     patience=6,
-    head_weight=1.0,
     compatibility=0.0,
     device="cpu",
 )

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from model.objective import balanced_bce, class_weights, drift, log_chances, sampled_softmax
+from model.objective import drift, log_chances, sampled_softmax
 
 
 def unit_rows(n: int, seed: int = 0) -> torch.Tensor:
@@ -72,31 +70,6 @@ def test_hard_negatives_count_for_their_own_query_only() -> None:
     assert sampled_softmax(queries, items, target, scale, hard=hard) > 1 + sampled_softmax(
         queries, items, target, scale, hard=harmless
     )
-
-
-def test_classes_weigh_the_same_in_sum() -> None:
-    labels = torch.tensor([1, 0, 0, 0, -1, 0, 1, 0, -1])
-    negative, positive = class_weights(labels)
-    assert 5 * negative == pytest.approx(2 * positive)
-    assert 5 * negative + 2 * positive == pytest.approx(7)
-
-
-@pytest.mark.parametrize("label", [0, 1, -1])
-def test_one_class_alone_teaches_nothing(label: int) -> None:
-    labels = torch.full((6,), label)
-    logits = torch.randn(6, requires_grad=True)
-    loss = balanced_bce(logits, labels, class_weights(labels))
-    loss.backward()
-    assert loss.item() == 0.0
-    assert logits.grad is not None
-    assert not logits.grad.any()
-
-
-def test_unknown_labels_change_nothing() -> None:
-    logits, labels = torch.tensor([0.3, -2.0, 1.0]), torch.tensor([1, -1, 0])
-    weights = (2.0, 0.5)
-    expected = (0.5 * math.log1p(math.exp(-0.3)) + 2.0 * math.log1p(math.exp(1.0))) / 2
-    assert balanced_bce(logits, labels, weights).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_drift_is_none_for_the_same_directions_and_two_for_opposite_ones() -> None:

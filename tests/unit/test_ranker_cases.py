@@ -133,7 +133,7 @@ def foreteller(seed: int = 1) -> Foreteller:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         window = WindowEncoder(WindowShape(6, 6, EVENT_TYPES, layers=1))
-    return Foreteller(window, Heads(6))
+    return Foreteller(window, Heads(len(EVENT_TYPES)))
 
 
 def test_the_next_interest_of_a_case_is_of_the_window_that_its_profile_had() -> None:
