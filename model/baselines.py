@@ -28,6 +28,9 @@ HALF_LIVES_MS: Final = (1_800_000.0, DAY_MS, 30 * DAY_MS)  # of a profile's time
 OWN_HALF_LIFE_MS: Final = 3 * HALF_LIVES_MS[-1]  # of its own items
 OWN_ITEMS: Final = 64  # that it keeps
 
+Window = tuple[Int32s, Ints, Floats]
+"""Items (NO_ITEM = none), times and weights of shoppers' latest events, (n, L) each."""
+
 _TIE_BREAK: Final = 1e-6
 _NO_ITEMS: Final[Int32s] = np.zeros(0, dtype=np.int32)
 
@@ -117,14 +120,20 @@ class OwnItems:
         popular = np.float32(_TIE_BREAK) * self._popular.scores(users, t_ms)
         return np.asarray(masses / heaviest + popular)
 
-    def masses(self, users: Ints) -> Floats:
-        """(n, n_items) decayed to the shopper's latest event; 0 = never, or disliked."""
+    def masses(self, users: Ints, window: Window | None = None) -> Floats:
+        """(n, n_items) decayed to the shopper's latest event; 0 = not kept, or disliked. An item
+        of the shoppers' windows that is not kept counts by its entries there."""
         masses = np.zeros((len(users), self._n_items), dtype=np.float32)
+        if window is not None:
+            item, t_ms, weight = window
+            at = np.nonzero(item != NO_ITEM)
+            share = self._share(self._now_ms[users[at[0]]] - t_ms[at])
+            np.add.at(masses, (at[0], item[at]), weight[at] * share)
         for row, user in enumerate(users.tolist()):
             if user in self._own:
-                items, mass, t_ms = self._own[user]
-                masses[row, items] = np.maximum(mass * self._share(self._now_ms[user] - t_ms), 0.0)
-        return masses
+                items, mass, told_ms = self._own[user]
+                masses[row, items] = mass * self._share(self._now_ms[user] - told_ms)
+        return np.maximum(masses, 0.0)
 
     def update(self, events: Events) -> None:
         self._popular.update(events)

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from .baselines import (
     DAY_MS,
     OWN_HALF_LIFE_MS,
+    OWN_ITEMS,
     FadingNeighbours,
     OwnItems,
     Popular,
     TextSteps,
+    Window,
 )
 from .candidate import Candidate
 from .evaluate import Floats, Int32s, Ints
@@ -44,12 +46,14 @@ class ProfileSignals:
         vectors: Floats,
         window_events: int,
         *,
+        own_items: int = OWN_ITEMS,
         fading: bool = True,
     ) -> None:
-        """`vectors` (N, D) unit rows of the items, until `swap`. Counts, pairs and own items fade,
-        unless the times are made up."""
+        """`vectors` (N, D) unit rows of the items, until `swap`; window_events, own_items: how many
+        entries a profile keeps. Counts, pairs and own items fade, unless the times are made up."""
         self._n_users, n_items = n_users, len(vectors)
-        self._own = OwnItems(n_users, n_items, OWN_HALF_LIFE_MS if fading else np.inf)
+        half_life_ms = OWN_HALF_LIFE_MS if fading else np.inf
+        self._own = OwnItems(n_users, n_items, half_life_ms, own_items)
         self._near = FadingNeighbours(n_items, _HALF_LIFE_MS if fading else np.inf)
         self._items = Popular(n_items, _HALF_LIFE_MS if fading else np.inf)
         self._recent = Popular(n_items, _RECENT_MS if fading else np.inf)
@@ -70,7 +74,7 @@ class ProfileSignals:
 
     def read(self, users: Ints, t_ms: Ints) -> Read:
         """What is known of `users` (n,) at times (n,)."""
-        own = self._own.masses(users)
+        own = self._own.masses(users, self._users.entries(users))
         signals = np.stack(
             [
                 self._next_interests(users) @ self.vectors.T,
@@ -143,17 +147,20 @@ class _Users:
         rows = users[:, None]
         return self._item[rows, at], self._type[rows, at], self._t_ms[rows, at], length
 
+    def entries(self, users: Ints) -> Window:
+        """Oldest first; places that nothing has filled yet have no item."""
+        at, _ = self._places(users)
+        rows = users[:, None]
+        return self._item[rows, at], self._t_ms[rows, at], self._weight[rows, at]
+
     def liked(self, users: Ints, n_items: int) -> tuple[Ints, Floats]:
         """When each item (n, n_items) was last in the window and liked, -1 = is not; and the
         shoppers' features (n, 3), as `profiles/ranking.py` has them."""
-        at, length = self._places(users)
-        rows = users[:, None]
-        item = self._item[rows, at]
-        good = (np.arange(at.shape[1]) < length[:, None]) & (self._weight[rows, at] > 0)
-        good &= item != NO_ITEM
+        item, t_ms, weight = self.entries(users)
+        good = (item != NO_ITEM) & (weight > 0)
         last_ms = np.full((len(users), n_items), -1, dtype=np.int64)
         row, place = np.nonzero(good)  # oldest first, and the last of equals stays
-        last_ms[row, item[row, place]] = self._t_ms[rows, at][row, place]
+        last_ms[row, item[row, place]] = t_ms[row, place]
         had, times = (last_ms >= 0).sum(axis=1), good.sum(axis=1)
         repeats = np.where(times, 1 - had / np.maximum(times, 1), 0)
         shopper = np.stack([np.log1p(self.events[users]), np.log1p(had), repeats], axis=-1)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .arithmetic import Floats
+from .arithmetic import Floats, own_of
 from .neighbours import Neighbours, closeness
 
 Weights = Mapping[str, Floats]
@@ -98,9 +98,16 @@ def liked(window: NDArray[Any]) -> NDArray[Any]:
     return entries
 
 
-def own_items(tally: Mapping[int, float]) -> dict[int, float]:
-    """Item key -> mass, of those of a shopper's own items that they liked more than not."""
-    return {item: mass for item, mass in tally.items() if mass > 0}
+def own_items(
+    tally: Mapping[int, float],
+    window: NDArray[Any],
+    updated_ms: int,
+    half_lives_s: Sequence[float],
+) -> dict[int, float]:
+    """Item key -> mass, of a shopper's own items that they liked more than not: those of the
+    tally, and those too light for it that are in the window still."""
+    lately = own_of(window, updated_ms, half_lives_s, len(window))
+    return {item: mass for item, mass in {**lately, **tally}.items() if mass > 0}
 
 
 def item_features(count: float, recent: float, own_days: float) -> tuple[float, float, float]:

@@ -58,7 +58,7 @@ def plan(reader: Plans, user_id: str, k: int, exclude_seen: bool) -> Plan[list[R
     weights = ranking.from_fields(_pairs(replies[0]))
     of = {item: neighbours.decode(*reply) for item, reply in zip(latest, replies[1:], strict=True)}
     near = ranking.nearby(profile.window, of)
-    own = ranking.own_items(profile.own)
+    own = ranking.own_items(profile.own, profile.window, profile.updated_ms, profile.half_lives_s)
     wanted = _wanted(profile)
     items = list(dict.fromkeys([*own, *ranking.top(near, _NEIGHBOURS)]))
     queries = [arithmetic.unit(vector) for vector in wanted if vector.any()]

@@ -94,12 +94,14 @@ def make_cases(
             first = int(windows.start[owner[end]])
             entries = _entries(windows, first, end)
             seen = entries[-window:]
-            own = own_of(entries, int(windows.t_ms[end]), half_lives_s, own_items)
+            now_ms = int(windows.t_ms[end])
+            tally = own_of(entries, now_ms, half_lives_s, own_items)
+            own = ranking.own_items(tally, seen, now_ms, half_lives_s)
             near = ranking.nearby(seen, counted.near(seen))
             pulled = np.array(list(near), dtype=np.int64) - 1
             for item, weight in zip(pulled.tolist(), near.values(), strict=True):
                 signals[row, item, 2] = ranking.covisitation(weight, float(counts[item]))
-            for key, mass in ranking.own_items(own).items():
+            for key, mass in own.items():
                 signals[row, key - 1, 3] = mass
             days = np.zeros(size)
             asked_ms = int(targets.t_ms[targets.first[end]])  # when the shopper is back

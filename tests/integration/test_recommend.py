@@ -175,6 +175,18 @@ def test_what_a_shopper_had_before_the_window_is_recommended_again(
     assert item_id(0) not in {r.item_id for r in unseen}
 
 
+def test_an_item_of_the_window_is_an_own_item_though_heavier_ones_fill_the_tally(
+    shop: tuple[str, str], reader: Asked
+) -> None:
+    heavy = [event("collector", 10 + i, NOW_MS + i, 2.0) for i in range(LAYOUT.own_items)]
+    light = event("collector", 0, NOW_MS + LAYOUT.own_items, 0.5)
+    save(*shop, in_topic([*heavy, light]))
+    assert light.item_key not in reader.ask("get", "collector").own
+    found = {r.item_id: r.signals["own"] for r in reader.ask("recommend", "collector", 500)}
+    assert found[item_id(0)] == pytest.approx(0.5, rel=1e-6)
+    assert found[item_id(10)] == pytest.approx(2.0, rel=1e-6)  # gone from the window
+
+
 def test_a_published_ranker_serves_its_space_alone(shop: tuple[str, str], reader: Asked) -> None:
     url, namespace = shop
     by_hand = reader.ask("recommend", "ann", 5)

@@ -121,11 +121,22 @@ def test_a_case_knows_own_items_from_before_the_window_but_no_more_than_a_profil
     long = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms)
     short = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms, window=2)
     np.testing.assert_array_equal(short.cases.signals[..., 3], long.cases.signals[..., 3])
-    few = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms, own_items=2)
-    assert (long.cases.signals[..., 3] > 0).sum(axis=1).max() > 2
-    assert (few.cases.signals[..., 3] > 0).sum(axis=1).max() == 2
-    none = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms, own_items=0)
-    assert (none.cases.signals[..., 3] == 0).all()
+    few = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms, window=1, own_items=2)
+    assert (long.cases.signals[..., 3] > 0).sum(axis=1).max() > 3
+    assert (few.cases.signals[..., 3] > 0).sum(axis=1).max() <= 3
+
+
+def test_a_case_knows_the_own_items_of_its_window_that_its_tally_is_too_small_for() -> None:
+    windows = shop(events=12)
+    cut_ms = T0_MS + 9 * DAY_MS
+    kept = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms, window=12)
+    for own_items in (0, 2):
+        cases = make_cases(
+            windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms, window=12, own_items=own_items
+        ).cases
+        np.testing.assert_array_equal(cases.signals[..., 3], kept.cases.signals[..., 3])
+    lately = make_cases(windows, VECTORS, HALF_LIVES_S, cut_ms=cut_ms, window=1, own_items=0).cases
+    assert (lately.signals[..., 3] > 0).sum(axis=1).max() == 1
 
 
 def foreteller(seed: int = 1) -> Foreteller:
