@@ -95,8 +95,7 @@ def build_marks(settings: Settings) -> Marks:
     """Of this process' saves, on a connection of their own. Before anything is written."""
     client, keys = settings.redis.connection().open(), Keys(settings.namespace)
     marks = Marks(client, keys, settings.redis.url)
-    older = ItemStore(client, keys, settings.redis.url).current_space() != ""
-    marks.first(older=older)
+    marks.first(may_be_older=True)
     return marks
 
 
@@ -265,7 +264,7 @@ class Pipeline:
             self._marks.begin_anew()
             # Before the space: where a namespace without this has one, a worker that starts takes
             # committed offsets for saved.
-            self._marks.first(older=False)
+            self._marks.first(may_be_older=False)
             folder, updater = self._settings.model.releases, self._updater
             reopen_space(folder, updater.items, updater.catalogue)
         except WritesLost as lost:

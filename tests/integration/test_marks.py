@@ -55,10 +55,35 @@ def test_marks_are_claimed_as_they_were_raised_and_never_go_down(marks: Marks) -
 
 
 @pytest.mark.parametrize("older", [True, False])
-def test_whether_the_namespace_is_older_is_said_once(marks: Marks, older: bool) -> None:
-    marks.first(older=older)
-    marks.first(older=not older)
+def test_whether_the_namespace_is_older_is_said_once(
+    redis_client: redis.Redis, keys: Keys, marks: Marks, older: bool
+) -> None:
+    if older:
+        redis_client.set(keys.current_space(), "space")
+    marks.first(may_be_older=True)
+    redis_client.set(keys.current_space(), "space")
+    marks.first(may_be_older=True)
     assert marks.claim([]) == ({}, older)
+
+
+def test_a_space_in_a_redis_thrown_back_makes_no_older_namespace(
+    redis_client: redis.Redis, keys: Keys, marks: Marks
+) -> None:
+    redis_client.set(keys.current_space(), "space")
+    marks.first(may_be_older=False)
+    assert marks.claim([]) == ({}, False)
+
+
+def test_no_space_is_named_where_what_says_that_the_namespace_is_not_older_was_lost(
+    redis_client: redis.Redis, keys: Keys, marks: Marks
+) -> None:
+    """Else the next worker to start would take it for older, and committed offsets for saved."""
+    back = throw_back(redis_client, keys)
+    Marks(redis_client, keys).first(may_be_older=True)
+    marks.first(may_be_older=True)  # finds it said, by another worker
+    back()
+    with pytest.raises(WritesLost):
+        ItemStore(redis_client, keys, marks=marks).set_space("space")
 
 
 def test_nothing_is_saved_on_top_of_what_was_lost(
@@ -188,7 +213,7 @@ def test_the_rights_that_the_schema_lists_are_enough(
         admin.execute_command(*writer_acl("updater", "secret", keys.namespace).split())
     with closing(Connection(server.url, "updater", "secret").open()) as client:
         marks = Marks(client, keys, server.url)
-        marks.first(older=False)
+        marks.first(may_be_older=True)
         marks.claim([P0])
         marks.advance({P0: 1})
         _save(ProfileStore(client, keys, LAYOUT, ttl_s=60, writer=1, marks=marks), "ann")
