@@ -17,6 +17,9 @@ from profiles.schema import ItemRecord, Keys
 from profiles.schema_doc import writer_acl
 from profiles.store import ProfileStore
 from stream.local_stack import RedisServer
+from stream.settings import RedisSettings, Settings
+from stream.updater_app import build_marks, build_updater
+from tests.chaos.simulated.shop import Engine
 from tests.profile_events import LAYOUT
 
 pytestmark = pytest.mark.redis
@@ -191,6 +194,20 @@ def test_nobody_leaves_the_waiting_set_whose_save_was_lost(
     with pytest.raises(WritesLost):
         items.resolve_waiting(5, serve)
     assert redis_client.smembers(keys.waiting(5)) == {b"ann"}
+
+
+def test_a_worker_that_starts_while_redis_fails_over_begins_anew(
+    redis_client: redis.Redis, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine()
+    monkeypatch.setattr("stream.swapping.wanted_space", lambda folder: engine.space)
+    settings = Settings(namespace=namespace, redis=RedisSettings(url=redis_url))
+    marks = build_marks(settings)
+    redis_client.flushdb()
+    build_updater(settings, engine, 1, marks)
+    keys = Keys(namespace)
+    assert redis_client.get(keys.current_space()) == engine.space.encode()
+    assert redis_client.hget(keys.marks(), "older") == b"0"
 
 
 def test_a_server_that_forgot_its_scripts_is_given_them_again(
