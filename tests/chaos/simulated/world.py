@@ -78,7 +78,6 @@ class Worker:
         self._world = world
         self._stop: asyncio.Event | None = None
         self._loop: Loop | None = None
-        self.over = False
         world.scheduler.spawn(self.process, f"{name}.main", self._main)
 
     def stop(self) -> None:
@@ -105,7 +104,6 @@ class Worker:
             self.error = self.error or error
         finally:
             _abandon(loop)
-        self.over = True
         world.ended(self)
 
     async def _serve(self, settings: Settings, pipeline: Pipeline, marks: Any) -> None:
@@ -326,6 +324,8 @@ class World:
                 scheduler.thaw(worker.process)
 
         scheduler.after(wakes_s, thaw)
+        if self.chance.random() < 0.5:  # it is given up, and another takes its place
+            self._replace(worker)
         return True
 
     def _stop(self, worker: Worker) -> bool:
