@@ -8,7 +8,7 @@ RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-learn test lint bench evaluation clean
+.PHONY: help env demo demo-learn test lint chaos bench evaluation clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,6 +55,10 @@ lint: env ## ruff, mypy and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+chaos: env ## crashes, stalls, lost replies, failovers, simulated: SEEDS=10000, or one SEED=1234 with its trace
+	@exec env PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.simulated \
+	    $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),400)) $(if $(WRITE),--write $(WRITE))
 
 bench: env ## throughput and freshness beside pipelines on Faust, Quix Streams and Bytewax
 	@exec $(BIN)/python -m tests.bench

@@ -105,7 +105,10 @@ def redis_errors(where: str) -> Iterator[None]:
                 "docs/schema.md lists"
             ) from error
         unwilling = (e.OutOfMemoryError, e.ReadOnlyError, e.ClusterDownError, e.TryAgainError)
-        if isinstance(error, (*unwilling, e.MasterDownError)) or _UNWILLING.search(str(error)):
+        # NOSCRIPT, though the script was just loaded: a server took over that does not know it.
+        if isinstance(error, (*unwilling, e.MasterDownError, e.NoScriptError)) or _UNWILLING.search(
+            str(error)
+        ):
             raise RedisUnavailable(
                 f"Redis at {where} cannot serve now: {_reason(error)}"
             ) from error

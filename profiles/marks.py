@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from . import schema
-from .connection import address, redis_errors
+from .connection import address
 from .scripts import run_script, script_sha
 from .trail import UNGUARDED, Steps, Trail
 
@@ -76,16 +76,17 @@ class Marks:
             [part for source, at in marks.items() for part in (f"{source:016x}", str(at))],
         )
 
-    def first(self, *, older: bool) -> None:
-        """Say, where nobody has yet, whether this namespace was written before there were marks;
-        found out before this is called, and before a space is named. Raises RedisUnavailable."""
-        with redis_errors(self._where):
-            if self._client.hget(self._keys.marks(), schema.OLDER) is None:
-                self._client.hset(self._keys.marks(), schema.OLDER, "1" if older else "0")
+    def first(self, *, may_be_older: bool) -> None:
+        """Say, where nobody has yet, whether this namespace was written before there were marks: if
+        it may be, and has a space. Before one is named. Raises RedisUnavailable, WritesLost."""
+        keys = [self._keys.marks(), self._keys.current_space()]
+        self._guarded(schema.FIRST_SCRIPT, ["1" if may_be_older else ""], keys)
 
-    def _guarded(self, script: str, arguments: Sequence[str]) -> list[Any]:
+    def _guarded(
+        self, script: str, arguments: Sequence[str], keys: Sequence[str] = ()
+    ) -> list[Any]:
         with self.steps(1) as steps:
-            calls = steps.guard([([self._keys.marks()], list(arguments))])
+            calls = steps.guard([(list(keys) or [self._keys.marks()], list(arguments))])
             return run_script(self._client, script, calls, self._where)[0]
 
 

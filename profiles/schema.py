@@ -153,7 +153,6 @@ WAITING_TTL_S: Final = 30 * 86_400
 # stopped for longer reads again what it wrote last, and finds it there.
 TRAIL_TTL_S: Final = 86_400
 # Field of the marks: 1 where offsets were committed before there were marks, else 0.
-OLDER: Final = "older"
 SWEEP_TURN_S: Final = 30
 SWEEP_TTL_S: Final = 30 * 86_400
 
@@ -415,6 +414,20 @@ return out
 
 # As SAVE_SCRIPT, for neighbours keys: fence before, new fence, tally, near, expiry.
 SAVE_NEIGHBOURS_SCRIPT: Final = _fenced_save(TALLY, NEAR)
+
+# KEYS: marks, the current space, then the trail. ARGV: 1 where a namespace that has a space and
+# does not say is older than marks, then the guard's three: who finds it said loses that only with
+# this write. Else a space could be named in a Redis that lost what says that it is not older.
+FIRST_SCRIPT: Final = (
+    _GUARD
+    + """redis.call('EXPIRE', trail, TTL)
+if not redis.call('HGET', KEYS[1], 'older') then
+  local older = ARGV[1] == '1' and redis.call('GET', KEYS[2])
+  redis.call('HSET', KEYS[1], 'older', older and '1' or '0')
+end
+return {}
+""".replace("TTL", str(TRAIL_TTL_S))
+)
 
 # KEYS: marks, then the trail. ARGV: sources (16 hex digits), then the guard's three. Reply: the
 # field older, then the mark of each source.

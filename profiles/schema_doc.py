@@ -290,6 +290,7 @@ def _scripts() -> list[str]:
         "SERVED_SCRIPT",
         "STEP_SCRIPT",
         "NAME_SPACE_SCRIPT",
+        "FIRST_SCRIPT",
         "CLAIM_SCRIPT",
         "ADVANCE_SCRIPT",
     ):

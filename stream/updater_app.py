@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import faust
@@ -96,8 +97,7 @@ def build_marks(settings: Settings) -> Marks:
     """Of this process' saves, on a connection of their own. Before anything is written."""
     client, keys = settings.redis.connection().open(), Keys(settings.namespace)
     marks = Marks(client, keys, settings.redis.url)
-    older = ItemStore(client, keys, settings.redis.url).current_space() != ""
-    marks.first(older=older)
+    marks.first(may_be_older=True)
     return marks
 
 
@@ -115,7 +115,6 @@ def build_updater(
         raise UserError(f"the profile settings (PROFILE_…) cannot be used: {error}") from error
     items = ItemStore(client, keys, settings.redis.url, marks)
     catalogue = Catalogue(engine, items, engine.release.load_item_vectors())
-    open_space(items, catalogue)
     store = ProfileStore(
         client,
         keys,
@@ -140,8 +139,28 @@ def build_updater(
             PairSender(settings, pairs_partitions(settings)) if settings.learn.neighbours else None
         ),
     )
+    try:
+        open_space(items, catalogue)
+    except WritesLost as lost:
+        assert marks is not None
+        _begin_anew(settings, updater, marks, lost)
     _warm_up(updater)
     return updater
+
+
+def _begin_anew(settings: Settings, updater: Updater, marks: Marks, lost: WritesLost) -> None:
+    """Drop what is remembered, and rely on nothing that was written before. Raises
+    RedisUnavailable."""
+    log.error("%s: what is remembered is dropped, and read again", lost)
+    try:
+        updater.forget()
+        marks.begin_anew()
+        # Before the space: where a namespace without this has one, a worker that starts takes
+        # committed offsets for saved.
+        marks.first(may_be_older=False)
+        reopen_space(settings.model.releases, updater.items, updater.catalogue)
+    except WritesLost as once_more:
+        _begin_anew(settings, updater, marks, once_more)
 
 
 def _warm_up(updater: Updater) -> None:
@@ -247,9 +266,9 @@ class Pipeline:
                 raise prepared
             await self._call(self._apply, self._applied, (begun, prepared))
         except WritesLost as lost:
-            log.error("%s: what is remembered is dropped, and read again", lost)
             # On the thread that prepares: behind what it has in hand, which goes back to before.
-            await self._call(self._prepare, self._patience, self._begin_anew)
+            anew = partial(_begin_anew, self._settings, self._updater, self._marks, lost)
+            await self._call(self._prepare, self._patience, anew)
             self._rewinds += 1
             intake.rewind()
             begun = _NOTHING
@@ -259,19 +278,6 @@ class Pipeline:
         begun, prepared = work
         self._patience(lambda: self._updater.apply(prepared))
         self._patience(lambda: self._marks.advance(begun.ends()))
-
-    def _begin_anew(self) -> None:
-        try:
-            self._updater.forget()
-            self._marks.begin_anew()
-            # Before the space: where a namespace without this has one, a worker that starts takes
-            # committed offsets for saved.
-            self._marks.first(older=False)
-            folder, updater = self._settings.model.releases, self._updater
-            reopen_space(folder, updater.items, updater.catalogue)
-        except WritesLost as lost:
-            log.error("%s once more", lost)
-            self._begin_anew()
 
     async def _call(self, thread: ThreadPoolExecutor, function: Callable[[A], T], argument: A) -> T:
         call = thread.submit(function, argument)

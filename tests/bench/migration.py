@@ -413,9 +413,9 @@ def _medians(swaps: Sequence[Swap]) -> list[str]:
     return [
         f"{median(lambda s: s.moved):.3f}",
         *(
-            f"{median(lambda s, k=k: s.tuned.transition.errors[k].cosine):.3f} "
-            f"({median(lambda s, k=k: s.tuned.transition.errors[k].overlap):.2f})"
-            for k in KINDS
+            f"{statistics.median(s.tuned.transition.errors[kind].cosine for s in swaps):.3f} "
+            f"({statistics.median(s.tuned.transition.errors[kind].overlap for s in swaps):.2f})"
+            for kind in KINDS
         ),
         f"{median(lambda s: s.overlap):.3f}",
         f"{median(lambda s: s.month):.3f}",

@@ -17,6 +17,9 @@ from profiles.schema import ItemRecord, Keys
 from profiles.schema_doc import writer_acl
 from profiles.store import ProfileStore
 from stream.local_stack import RedisServer
+from stream.settings import RedisSettings, Settings
+from stream.updater_app import build_marks, build_updater
+from tests.chaos.simulated.shop import Engine
 from tests.profile_events import LAYOUT
 
 pytestmark = pytest.mark.redis
@@ -55,10 +58,35 @@ def test_marks_are_claimed_as_they_were_raised_and_never_go_down(marks: Marks) -
 
 
 @pytest.mark.parametrize("older", [True, False])
-def test_whether_the_namespace_is_older_is_said_once(marks: Marks, older: bool) -> None:
-    marks.first(older=older)
-    marks.first(older=not older)
+def test_whether_the_namespace_is_older_is_said_once(
+    redis_client: redis.Redis, keys: Keys, marks: Marks, older: bool
+) -> None:
+    if older:
+        redis_client.set(keys.current_space(), "space")
+    marks.first(may_be_older=True)
+    redis_client.set(keys.current_space(), "space")
+    marks.first(may_be_older=True)
     assert marks.claim([]) == ({}, older)
+
+
+def test_a_space_in_a_redis_thrown_back_makes_no_older_namespace(
+    redis_client: redis.Redis, keys: Keys, marks: Marks
+) -> None:
+    redis_client.set(keys.current_space(), "space")
+    marks.first(may_be_older=False)
+    assert marks.claim([]) == ({}, False)
+
+
+def test_no_space_is_named_where_what_says_that_the_namespace_is_not_older_was_lost(
+    redis_client: redis.Redis, keys: Keys, marks: Marks
+) -> None:
+    """Else the next worker to start would take it for older, and committed offsets for saved."""
+    back = throw_back(redis_client, keys)
+    Marks(redis_client, keys).first(may_be_older=True)
+    marks.first(may_be_older=True)  # finds it said, by another worker
+    back()
+    with pytest.raises(WritesLost):
+        ItemStore(redis_client, keys, marks=marks).set_space("space")
 
 
 def test_nothing_is_saved_on_top_of_what_was_lost(
@@ -168,6 +196,20 @@ def test_nobody_leaves_the_waiting_set_whose_save_was_lost(
     assert redis_client.smembers(keys.waiting(5)) == {b"ann"}
 
 
+def test_a_worker_that_starts_while_redis_fails_over_begins_anew(
+    redis_client: redis.Redis, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine()
+    monkeypatch.setattr("stream.swapping.wanted_space", lambda folder: engine.space)
+    settings = Settings(namespace=namespace, redis=RedisSettings(url=redis_url))
+    marks = build_marks(settings)
+    redis_client.flushdb()
+    build_updater(settings, engine, 1, marks)
+    keys = Keys(namespace)
+    assert redis_client.get(keys.current_space()) == engine.space.encode()
+    assert redis_client.hget(keys.marks(), "older") == b"0"
+
+
 def test_a_server_that_forgot_its_scripts_is_given_them_again(
     redis_client: redis.Redis, keys: Keys, marks: Marks
 ) -> None:
@@ -188,7 +230,7 @@ def test_the_rights_that_the_schema_lists_are_enough(
         admin.execute_command(*writer_acl("updater", "secret", keys.namespace).split())
     with closing(Connection(server.url, "updater", "secret").open()) as client:
         marks = Marks(client, keys, server.url)
-        marks.first(older=False)
+        marks.first(may_be_older=True)
         marks.claim([P0])
         marks.advance({P0: 1})
         _save(ProfileStore(client, keys, LAYOUT, ttl_s=60, writer=1, marks=marks), "ann")

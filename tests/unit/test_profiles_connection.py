@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import redis.exceptions
 
 from profiles import Connection
-from profiles.connection import address
+from profiles.connection import address, redis_errors
+from profiles.errors import RedisUnavailable
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,9 @@ def test_a_ca_without_tls_is_a_mistake_and_not_ignored() -> None:
     with pytest.raises(ValueError, match=r"REDIS_TLS_CA.*redis://host:1.*rediss://"):
         Connection("redis://:secret@host:1", tls_ca="/ca.pem").open()
     assert options(Connection("rediss://host:1", tls_ca="/ca.pem"))["ssl_ca_certs"] == "/ca.pem"
+
+
+def test_a_script_that_is_missing_again_is_a_server_to_wait_for() -> None:
+    """It was just loaded: another server took over in between, and may do so once more."""
+    with pytest.raises(RedisUnavailable), redis_errors("redis://host:1"):
+        raise redis.exceptions.NoScriptError("No matching script. Please use EVAL.")
