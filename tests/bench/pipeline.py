@@ -157,7 +157,7 @@ def main() -> None:
     chosen = [p for p in PIPELINES if options.only in p.name]
     names = [options.workload] if options.workload else list(WORKLOADS)
     share, repeats = (0.05, 1) if options.quick else (1.0, options.repeats)
-    with _bench(fresh_s=6.0 if options.quick else 20.0) as bench:
+    with open_bench(fresh_s=6.0 if options.quick else 20.0) as bench:
         readings, tops = measure_all(bench, chosen, names, repeats, share)
     text = report.render(readings, tops, repeats, _command())
     print(text)
@@ -205,13 +205,13 @@ def measure(
             at, total = len(work.starts), len(work.records)
 
             def counted() -> int:
-                return _counted(client, pipeline, settings.namespace)
+                return counted_by(client, pipeline, settings.namespace)
 
             drained = watching.drain(client, process, pids, total, keys[:at], keys[at:], counted)
             in_all = counted()
             load = watching.Load(name, events, drained.rate / 2, bench.fresh_s)
-            fresh = watching.freshness_ms(
-                client, process, kafka, settings.namespace, load, _probe(pipeline, settings)
+            probes = watching.freshness(
+                client, process, kafka, settings.namespace, load, probe_of(pipeline, settings)
             )
             peak = watching.peak_mb(process.pid)
         million = drained.events / 1e6
@@ -222,7 +222,7 @@ def measure(
             counted=in_all,
             rate=drained.rate,
             half_rate=load.rate,
-            fresh_ms=fresh,
+            fresh_ms=[probe.fresh_ms for probe in probes],
             cpu_s={process: seconds / million for process, seconds in drained.cpu_s.items()},
             peak_mb=peak,
         )
@@ -233,7 +233,7 @@ def measure(
     return reading, tops
 
 
-def _counted(client: Redis, pipeline: Pipeline, namespace: str) -> int:
+def counted_by(client: Redis, pipeline: Pipeline, namespace: str) -> int:
     """The events that all profiles say they hold, to see that none was lost or counted twice."""
     field = "glance" if pipeline.name == "Penchant" else "events"
     keys = list(client.scan_iter(pipeline.profile_key % (namespace, "*"), count=10_000))
@@ -247,7 +247,8 @@ def _counted(client: Redis, pipeline: Pipeline, namespace: str) -> int:
     return total
 
 
-def _probe(pipeline: Pipeline, settings: Settings) -> tuple[str, bytes]:
+def probe_of(pipeline: Pipeline, settings: Settings) -> tuple[str, bytes]:
+    """What `watching.freshness` asks with."""
     event = Click(user_id="%s", item_id="1", ts=int(time.time() * 1000), event_id="%s")
     value = event.to_json().replace(b',"event_id":"%s"', b"")
     return pipeline.profile_key % (settings.namespace, "%s"), value
@@ -260,7 +261,7 @@ def _pid(server: ApacheKafka | RedisServer) -> int:
 
 
 @contextlib.contextmanager
-def _bench(fresh_s: float) -> Iterator[Bench]:
+def open_bench(fresh_s: float) -> Iterator[Bench]:
     """Broker, Redis and the catalogue, encoded once."""
     data = datasets.load("movielens")
     texts = workloads.texts(data)

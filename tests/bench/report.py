@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from .ceilings import Ceilings
     from .pipeline import Reading
 
-_BEGIN: Final = "<!-- measured: begin -->"
-_END: Final = "<!-- measured: end -->"
+ROOT: Final = Path(__file__).resolve().parents[2]
 _PACKAGES: Final = (
     "faust-streaming", "aiokafka", "confluent-kafka", "redis", "hiredis", "pydantic", "numpy",
     "torch", "transformers",
@@ -53,12 +52,28 @@ def render(
     return "\n\n".join(parts)
 
 
-def write(page: Path, text: str) -> None:
-    """Replace what was measured before; the words around it stay."""
+def write(page: Path, text: str, part: str = "") -> None:
+    """Replace what was measured before, of this part of a page; the words around it stay."""
+    begin, end = (f"<!-- {f'measured {part}'.strip()}: {side} -->" for side in ("begin", "end"))
     before = page.read_text(encoding="utf-8")
-    head, rest = before.split(_BEGIN)
-    tail = rest.split(_END)[1]
-    page.write_text(f"{head}{_BEGIN}\n{text}\n{_END}{tail}", encoding="utf-8")
+    head, rest = before.split(begin)
+    tail = rest.split(end)[1]
+    page.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def where(command: str, how: str = "") -> str:
+    """When, at which commit and on which machine a figure was read."""
+    return (
+        f"Measured on {datetime.now(UTC):%Y-%m-%d} at commit {commit()} with `{command}`{how}.\n\n"
+        f"Machine: {cpu_model()}, {os.cpu_count()} cores, {memory_gb():.0f} GB, Linux "
+        f"{platform.release()}."
+    )
 
 
 def _table(workload: str, readings: Sequence[Reading]) -> str:
@@ -129,10 +144,8 @@ def _ceilings(tops: Sequence[Ceilings]) -> str:
 def _where(repeats: int, command: str) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return (
-        f"Measured on {datetime.now(UTC):%Y-%m-%d} at commit {commit()} with `{command}`; medians "
-        f"of {repeats} repeats.\n\n"
-        f"Machine: {cpu_model()}, {os.cpu_count()} cores, {memory_gb():.0f} GB, Linux "
-        f"{platform.release()}. Broker, Redis, worker and the producer of the load share them.\n\n"
+        f"{where(command, f'; medians of {repeats} repeats')} Broker, Redis, worker and the "
+        "producer of the load share them.\n\n"
         f"Python {platform.python_version()}, Apache Kafka {apache_kafka_version()}, {packages}."
     )
 

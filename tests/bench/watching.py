@@ -40,6 +40,11 @@ _PROBE_PATIENCE_S: Final = 30.0
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
+def resident_mb(pid: int) -> float:
+    """The resident memory of a process."""
+    return _status_mb(pid, "VmRSS")
+
+
 def cpu_s(pid: int) -> float:
     """CPU time of a process and its threads since it started."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
@@ -48,10 +53,14 @@ def cpu_s(pid: int) -> float:
 
 def peak_mb(pid: int) -> float:
     """The most resident memory a process has had."""
+    return _status_mb(pid, "VmHWM")
+
+
+def _status_mb(pid: int, name: str) -> float:
     for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 1024
-    raise RuntimeError(f"process {pid} shows no peak memory")
+    raise RuntimeError(f"process {pid} shows no {name}")
 
 
 class PipelineProcess:
@@ -79,6 +88,11 @@ class PipelineProcess:
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
+
+    def kill(self) -> None:
+        """No goodbye."""
+        self._child.kill()
+        self._child.wait()
 
     def check(self) -> None:
         """SystemExit with the end of its log if it is gone."""
@@ -148,19 +162,29 @@ class Load:
     seconds: float
 
 
-def freshness_ms(
+@dataclass(frozen=True)
+class Probe:
+    """An event whose shopper was looked for until found."""
+
+    sent_s: float  # perf_counter
+    fresh_ms: float  # from `send` until it could be read; infinite if that never came
+
+
+def freshness(
     client: redis.Redis,
     process: PipelineProcess,
     kafka: Mapping[str, Any],
     namespace: str,
     load: Load,
     probe: tuple[str, bytes],
-) -> list[float]:
-    """How long an event takes from `send` until its shopper can be read, in ms, under a load.
+    shoppers: str = "probe",
+    began: Callable[[], None] = lambda: None,
+) -> list[Probe]:
+    """How long an event takes from `send` until its shopper can be read, under a load.
 
     `probe`: the key of a profile and the value of an event, both with `%s` for the shopper; each
-    probe is the first event of a shopper of its own. The load comes from another process; probes
-    are part of its rate.
+    probe is the first event of a shopper of its own, whose names begin with `shoppers`. The load
+    comes from another process; probes are part of its rate. `began` is called when they begin.
     """
     probes_per_s = min(_PROBES_PER_S, load.rate / 10)
     others = replace(load, rate=load.rate - probes_per_s)
@@ -177,7 +201,8 @@ def freshness_ms(
     time.sleep(settling_s)
     try:
         measured_s = load.seconds - settling_s
-        return _probe(client, process, kafka, namespace, probe, probes_per_s, measured_s)
+        began()
+        return _probe(client, process, kafka, namespace, probe, probes_per_s, measured_s, shoppers)
     finally:
         producing.join()
 
@@ -190,14 +215,15 @@ def _probe(
     probe: tuple[str, bytes],
     probes_per_s: float,
     seconds: float,
-) -> list[float]:
+    shoppers: str,
+) -> list[Probe]:
     key_of, value_of = probe
     waiting: dict[str, float] = {}  # key -> when its event was sent
-    found_ms: list[float] = []
+    found: list[Probe] = []
     with EventProducer({**kafka, **PRODUCER}, namespace) as producer:
 
         def send(number: int) -> None:
-            user = f"probe-{number}"
+            user = f"{shoppers}-{number}"
             waiting[key_of % user] = time.perf_counter()
             producer.send_bytes("events", user.encode(), value_of % user.encode())
 
@@ -218,13 +244,14 @@ def _probe(
             now_s = time.perf_counter()
             for key, is_there in zip(keys, there, strict=True):
                 if is_there:
-                    found_ms.append((now_s - waiting.pop(key)) * 1000)
+                    sent_s = waiting.pop(key)
+                    found.append(Probe(sent_s, (now_s - sent_s) * 1000))
             if now_s > end_s + _PROBE_PATIENCE_S:
-                found_ms += [float("inf")] * len(waiting)
+                found += [Probe(sent_s, float("inf")) for sent_s in waiting.values()]
                 break
             process.check()
             time.sleep(_PROBE_POLL_S)
-    return found_ms
+    return found
 
 
 def _produce_load(kafka: dict[str, Any], namespace: str, load: Load, ready: Any) -> None:

@@ -45,12 +45,18 @@ def make(name: str, data: Dataset, events: int, partitions: int) -> Workload:
     starts: dict[int, str] = {}
     for key, _ in records[: 100 * partitions]:
         starts.setdefault(partition_for(key, partitions), key.decode())
-    ends = one_per_partition("end", partitions)
+    ends = add_ends(records, "end", partitions)
+    return Workload(name, records, list(starts.values()), ends)
+
+
+def add_ends(records: list[Record], name: str, partitions: int) -> list[str]:
+    """Let each partition end with an event of a shopper of its own; these."""
+    ends = one_per_partition(name, partitions)
     last = EVENT_ADAPTER.validate_json(records[-1][1])
     for user in ends:
         event = last.model_copy(update={"user_id": user, "event_id": user})
         records.append((user.encode(), event.to_json()))
-    return Workload(name, records, list(starts.values()), ends)
+    return ends
 
 
 def texts(data: Dataset) -> dict[str, str]:
