@@ -23,10 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -37,11 +38,12 @@ from model.releases import build_base, make_current
 from model.text import text_version
 from profiles.items import ItemStore
 from profiles.schema import ItemRecord, Keys
+from stream import learning, learning_material
 from stream.archive import Archive, Folder, Pending
 from stream.base_release import texts_of
+from stream.contributions import DEFAULT_WEIGHTS
 from stream.datasets import load
 from stream.events import Event, Item
-from stream.learning import learn
 from stream.local_servers import RedisServer
 from stream.settings import Settings
 from stream.simulated_shop import Shop, Spec
@@ -52,6 +54,14 @@ from . import pipeline, report, watching, workloads
 SHOPPERS: Final = 500  # 200,000 of their events are some two months: labels need time to pass
 NICE: Final = 10  # as `penchant trainer` runs its turns
 _BATCH: Final = 16_384
+_PHASES: Final = (
+    (learning_material, "labelled", "read and label"),
+    (learning_material, "features_of", "encode the catalogue"),
+    (learning, "_train", "train"),
+    (learning, "_compare", "compare the networks"),
+    (learning, "_fit_ranker", "fit and compare the rankers"),
+    (learning, "_publish", "publish"),
+)
 
 
 @dataclass(frozen=True)
@@ -122,11 +132,14 @@ def _words(given: argparse.Namespace) -> list[str]:
 def prepare(
     folder: Path, redis_url: str, events: Iterator[Event], items: Sequence[Item], count: int
 ) -> dict[str, str]:
-    """A shop that has run for a while; the settings of its trainer, as an environment."""
-    pending = Pending(source=1, partition=0, first=0, next=0)
-    while batch := list(islice(events, min(_BATCH, count - pending.next))):
+    """A shop that has run until `count` of its events had a weight, and so are windows; the
+    settings of its trainer, as an environment."""
+    pending, windows = Pending(source=1, partition=0, first=0, next=0), 0
+    while windows < count and (batch := list(islice(events, min(_BATCH, count - windows)))):
         offsets = range(pending.next, pending.next + len(batch))
         pending.add(offsets, batch, offsets.stop)
+        windows += sum(DEFAULT_WEIGHTS[event.type] != 0 for event in batch)
+    _say(f"{pending.next:,} events, of which {windows:,} have a weight")
     Archive(Folder(folder / "archive")).write(pending)
     environment = {
         "NAMESPACE": "learning-cost",
@@ -144,6 +157,7 @@ def prepare(
         ItemStore(client, Keys(environment["NAMESPACE"])).put(
             records, [text_version(text) for text in texts], [None] * len(records)
         )
+    _say("encoding the catalogue for a base release")  # minutes on a busy machine
     now = datetime.now(UTC)
     make_current(build_base(folder / "releases", "bundled", texts, 128, device="cpu", now=now))
     return environment
@@ -151,38 +165,45 @@ def prepare(
 
 def _take_turn() -> dict[str, Any]:
     """In the child: learn, and what it took."""
-    marks: dict[str, list[float]] = {}
-    share = 0.0
+    seconds: dict[str, float] = {}
+    for module, name, phase in _PHASES:
+        setattr(module, name, _timed(getattr(module, name), phase, seconds))
+    share, training = 0.0, False
 
     def progress(stage: str, done: int, of: int) -> None:
-        nonlocal share
-        now_s = time.perf_counter()
-        if stage not in marks:
+        nonlocal share, training
+        if stage == "train" and not training:
             print(stage, flush=True)  # for who waits until it trains
-        marks.setdefault(stage, [now_s, now_s])[1] = now_s
+            training = True
         share = done / of
 
     settings = Settings()
     items = ItemStore(settings.redis.connection().open(), Keys(settings.namespace))
     began_s = time.perf_counter()
-    outcome = learn(settings, items, datetime.now(UTC), progress)
+    outcome = learning.learn(settings, items, datetime.now(UTC), progress)
+    seconds["the rest"] = time.perf_counter() - began_s - sum(seconds.values())
     assert outcome is not None  # None is for one of several processes
-    ended_s = time.perf_counter()
-    train = marks["train"]
-    encode = marks.get("encoding", [train[0]])[0]
     return {
         "windows": outcome.windows,
         "accepted": outcome.release is not None,
-        "seconds": {
-            "read and label": encode - began_s,
-            "encode the catalogue": train[0] - encode,
-            "train": train[1] - train[0],
-            "judge and publish": ended_s - train[1],
-        },
+        "seconds": seconds,
         "cpu_s": time.process_time(),
         "epochs": share * settings.learn.epochs,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def _timed(work: Callable[..., Any], phase: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    @wraps(work)
+    def timed(*given: Any, **named: Any) -> Any:
+        began_s = time.perf_counter()
+        try:
+            return work(*given, **named)
+        finally:
+            seconds[phase] = time.perf_counter() - began_s
+            print(f"{phase}: {seconds[phase]:.1f} s", file=sys.stderr, flush=True)
+
+    return timed
 
 
 def _measured_turn(folder: Path, environment: dict[str, str]) -> Turn:
