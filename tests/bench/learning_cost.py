@@ -41,7 +41,6 @@ from profiles.schema import ItemRecord, Keys
 from stream import learning, learning_material
 from stream.archive import Archive, Folder, Pending
 from stream.base_release import texts_of
-from stream.contributions import DEFAULT_WEIGHTS
 from stream.datasets import load
 from stream.events import Event, Item
 from stream.local_servers import RedisServer
@@ -138,8 +137,9 @@ def prepare(
     while windows < count and (batch := list(islice(events, min(_BATCH, count - windows)))):
         offsets = range(pending.next, pending.next + len(batch))
         pending.add(offsets, batch, offsets.stop)
-        windows += sum(DEFAULT_WEIGHTS[event.type] != 0 for event in batch)
-    _say(f"{pending.next:,} events, of which {windows:,} have a weight")
+        # Some reviews have no weight, so a few windows more than asked for.
+        windows += sum(event.type not in ("impression", "review") for event in batch)
+    _say(f"{pending.next:,} events archived")
     Archive(Folder(folder / "archive")).write(pending)
     environment = {
         "NAMESPACE": "learning-cost",
