@@ -1,7 +1,8 @@
 """How fast events become segments, and segments windows: `python -m tests.bench.archive`.
 
 Prints and never asserts. One process, no broker: JSON records of one partition, as the intake hands
-them over, are parsed and written to a folder; then read back and labelled.
+them over, are parsed and written to a folder; then read back and labelled. `--write` puts the
+tables into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -23,19 +24,29 @@ from stream.times import HOUR_MS
 from stream.trainer_app import Ingest
 from tests.archived_events import T0_MS, records
 
+from . import report
+
 _BATCH: Final = 16_384
 
 
 def main() -> None:
     """Measure once per span of event time."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--events", type=int, default=500_000)
-    arguments = parser.parse_args()
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
+    given = parser.parse_args()
+    parts = [report.where("python -m tests.bench.archive")]
     for what, span_ms in (("one hour", HOUR_MS), ("two years", 730 * 24 * HOUR_MS)):
-        _measure(arguments.events, what, span_ms)
+        parts.append(_measure(given.events, what, span_ms))
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    parts.append(f"Peak memory of the process {peak_mb:,.0f} MiB.")
+    text = "\n\n".join(parts)
+    print(text)
+    if given.write:
+        report.write(report.ROOT / "docs/performance.md", text, "archive")
 
 
-def _measure(n: int, what: str, span_ms: int) -> None:
+def _measure(n: int, what: str, span_ms: int) -> str:
     values = records(n, span_ms=span_ms, users=n // 20)
     if span_ms > HOUR_MS:
         values.sort(key=lambda value: value[value.index(b'"ts"') :][:20])  # as a replay sends them
@@ -52,34 +63,31 @@ def _measure(n: int, what: str, span_ms: int) -> None:
             if ingest.due():
                 ingest.flush()
         ingest.flush()
-        _say(f"events of {what} archived", n, started)
+        rows = [_row("archived", n, started)]
         started = _now()
         archive.compact()
-        _say("  merged", n, started)
+        rows.append(_row("merged", n, started))
         stats = archive.stats()
-        print(f"  {stats.segments} segments, {stats.size_bytes / n:.1f} bytes an event")
         started = _now()
         events = archived(archive.read())
-        _say("  read back", n, started)
+        rows.append(_row("read back", n, started))
         started = _now()
-        rows = {item: row for row, item in enumerate(events.item_ids)}
-        label(events, rows, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), int(events.t_ms.max()))
-        _say("  labelled", n, started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"  peak memory of the process {peak:,.0f} MiB")
+        item_rows = {item: row for row, item in enumerate(events.item_ids)}
+        label(events, item_rows, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), int(events.t_ms.max()))
+        rows.append(_row("labelled", n, started))
+    return (
+        f"{n:,} events of {what}: {stats.segments:,} segments, {stats.size_bytes / n:.1f} bytes an "
+        "event.\n\n" + report.table(["", "events/s", "per second of CPU time"], rows)
+    )
 
 
 def _now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def _say(what: str, n: int, started: tuple[float, float]) -> None:
+def _row(what: str, n: int, started: tuple[float, float]) -> list[str]:
     wall_s, cpu_s = (now - then for now, then in zip(_now(), started, strict=True))
-    print(
-        f"{what}: {n / wall_s:,.0f} events/s, {n / cpu_s:,.0f} per second of CPU time "
-        f"({wall_s:.2f} s, {cpu_s:.2f} s of CPU time)",
-        flush=True,
-    )
+    return [what, f"{n / wall_s:,.0f}", f"{n / cpu_s:,.0f}"]
 
 
 if __name__ == "__main__":
