@@ -73,7 +73,7 @@ def open_shop(data: Dataset, folder: Path) -> Shop:
 def borders(shop: Shop, swaps: int) -> list[int]:
     """Events seen by the first training and by each of `swaps` fine-tunes."""
     total = len(shop.recorded.events)
-    return (np.linspace(FIRST_SHARE, LAST_SHARE, swaps + 1) * total).astype(int).tolist()
+    return [int(share * total) for share in np.linspace(FIRST_SHARE, LAST_SHARE, swaps + 1)]
 
 
 def fine_tune(

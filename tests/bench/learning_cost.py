@@ -151,7 +151,13 @@ def prepare(
     texts = texts_of(items)
     with redis.Redis.from_url(redis_url) as client:
         records = [
-            ItemRecord(i.item_id, i.title, tuple(i.category), i.brand or "", i.description or "")
+            ItemRecord(
+                i.item_id,
+                i.title,
+                tuple(i.category),
+                i.brand or "",
+                description=i.description or "",
+            )
             for i in items
         ]
         ItemStore(client, Keys(environment["NAMESPACE"])).put(

@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -282,7 +282,7 @@ class _Consumer:
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        search.step(closure)
+        search.step(closure)  # type: ignore[no-untyped-call]
 
     def loss(self, interests: Floats, targets: Ints) -> float:
         """Mean negative log likelihood."""
@@ -411,16 +411,17 @@ def _table(swaps: Sequence[Swap]) -> str:
 
 
 def _medians(swaps: Sequence[Swap]) -> list[str]:
-    def median(of) -> float:  # type: ignore[no-untyped-def]
+    def median(of: Callable[[Swap], float]) -> float:
         return statistics.median(map(of, swaps))
+
+    def held_out(kind: str) -> str:
+        errors = [swap.tuned.transition.errors[kind] for swap in swaps]
+        cosine = statistics.median(error.cosine for error in errors)
+        return f"{cosine:.3f} ({statistics.median(error.overlap for error in errors):.2f})"
 
     return [
         f"{median(lambda s: s.moved):.3f}",
-        *(
-            f"{median(lambda s, k=k: s.tuned.transition.errors[k].cosine):.3f} "
-            f"({median(lambda s, k=k: s.tuned.transition.errors[k].overlap):.2f})"
-            for k in KINDS
-        ),
+        *map(held_out, KINDS),
         f"{median(lambda s: s.overlap):.3f}",
         f"{median(lambda s: s.month):.3f}",
         f"{median(lambda s: s.guessing) - 1:+.1%}",
