@@ -335,10 +335,10 @@ def through_redis(shop: Shop, tuned: Tuned) -> str:
         vectors = catalogue.resolve(keys.tolist(), {}).vectors
         profiles = _folded(shop, keys, vectors, 0, tuned.events, None, catalogue.space)
         known = np.flatnonzero(profiles.header["space"]).tolist()
-        part = arithmetic.take(profiles, known)
         everybody: list[str] = []
         while len(everybody) < THROUGH_REDIS:
             names = [f"{recorded.user_ids[row]}-{len(everybody)}" for row in known]
+            part = arithmetic.take(profiles, known)  # anew: a save leaves its fence in it
             store.save(names, part, range(len(known)), {}, time.time())
             everybody += names
         new = Catalogue(
@@ -349,13 +349,17 @@ def through_redis(shop: Shop, tuned: Tuned) -> str:
         fill_s = time.perf_counter() - began_s
         items.set_space(tuned.release.space)
         migrator = Migrator(releases, items, LAYOUT)
+        count = 0
         began_s = time.perf_counter()
         for start in range(0, len(everybody), _PAGE):
             page = everybody[start : start + _PAGE]
             ((got, _, _, moved),) = migrator.bring(store.load(page), new)
-            store.save(page, got, sorted(moved), {}, 0.0, renew=False)
+            refused = store.save(page, got, sorted(moved), {}, 0.0, renew=False)
+            count += len(moved) - len(refused)
         took_s = time.perf_counter() - began_s
         client.close()
+    if count != len(everybody):
+        raise SystemExit(f"{count:,} of {len(everybody):,} profiles were moved")
     return (
         f"Through Redis, loaded, moved and saved by one thread in pages of {_PAGE}: "
         f"**{len(everybody) / took_s:,.0f} profiles/s** ({len(everybody):,} of them). A space of "
@@ -410,13 +414,14 @@ def _medians(swaps: Sequence[Swap]) -> list[str]:
     def median(of: Callable[[Swap], float]) -> float:
         return statistics.median(map(of, swaps))
 
+    def held_out(kind: str) -> str:
+        errors = [swap.tuned.transition.errors[kind] for swap in swaps]
+        cosine = statistics.median(error.cosine for error in errors)
+        return f"{cosine:.3f} ({statistics.median(error.overlap for error in errors):.2f})"
+
     return [
         f"{median(lambda s: s.moved):.3f}",
-        *(
-            f"{statistics.median(s.tuned.transition.errors[kind].cosine for s in swaps):.3f} "
-            f"({statistics.median(s.tuned.transition.errors[kind].overlap for s in swaps):.2f})"
-            for kind in KINDS
-        ),
+        *map(held_out, KINDS),
         f"{median(lambda s: s.overlap):.3f}",
         f"{median(lambda s: s.month):.3f}",
         f"{median(lambda s: s.guessing) - 1:+.1%}",
