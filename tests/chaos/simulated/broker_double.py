@@ -82,6 +82,7 @@ class Member:
     owned: set[Place] = field(default_factory=set)  # as far as the coordinator knows
     joined: bool = True  # waits for the generation to come (classic)
     given: bool = True  # was told its part of the generation (classic)
+    asked: bool = False  # to give back what it has (classic)
     gone: bool = False
 
 
@@ -121,6 +122,7 @@ class Group:
                 self.preparing = True
                 for member in self.members:
                     member.joined = member.generation < 0
+                    member.asked = not member.joined
             self._complete()
         for member in self.members:
             member.consumer.nudge()
@@ -131,7 +133,7 @@ class Group:
             self.generation += 1
             self._assign()
             for member in self.members:
-                member.joined = member.given = False
+                member.joined = member.given = member.asked = False
                 member.generation = self.generation
                 member.consumer.nudge()
 
@@ -166,6 +168,7 @@ class Cluster:
         self.logs: dict[str, list[list[Record]]] = {}
         self.ids: dict[str, str] = {}
         self.groups: dict[str, Group] = {}
+        self.session_s = 45.0
         self.away = False
         self.commit_fails = 0.0
         self.commit_unanswered = 0.0
@@ -250,7 +253,10 @@ class Consumer:
         self._process = self._scheduler.current.process
         self._protocol = config.get("group.protocol", "classic")
         self._group = cluster.group(config["group.id"], self._protocol)
-        self._session_s = config.get("session.timeout.ms", 45_000) / 1000
+        # With KIP-848 the brokers say how long a session lasts.
+        self._session_s = cluster.session_s
+        if self._protocol == "classic":
+            self._session_s = config["session.timeout.ms"] / 1000
         self._max_poll_s = config.get("max.poll.interval.ms", 300_000) / 1000
         self._on_commit = config.get("on_commit")
         self._member: Member | None = None
@@ -264,7 +270,6 @@ class Consumer:
         self._commits: list[tuple[Any, list[Any]]] = []
         self._waiting: Task | None = None
         self._polled_s = self._scheduler.now_s
-        self._silent = 0
         self._process.on_death.append(self._fall_silent)
 
     # --- the group
@@ -286,20 +291,21 @@ class Consumer:
     def _listen(self, member: Member) -> None:
         """The coordinator hears heartbeats as long as the process lives and is not frozen."""
 
-        def listen() -> None:
-            if member.gone:
-                return
-            if self._process.dead or self._process.frozen:
-                self._silent += 1
-            else:
-                self._silent = 0
-            polls = self._scheduler.now_s - self._polled_s < self._max_poll_s
-            if self._silent >= 4 or not polls:
-                self._group.leave(member)
-            else:
-                self._scheduler.after(self._session_s / 4, listen)
+        look_s = min(self._session_s, self._max_poll_s) / 4
+        heard_s = self._scheduler.now_s
 
-        self._scheduler.after(self._session_s / 4, listen)
+        def listen() -> None:
+            nonlocal heard_s
+            now_s = self._scheduler.now_s
+            if not (self._process.dead or self._process.frozen):
+                heard_s = now_s
+            over = now_s - heard_s >= self._session_s or now_s - self._polled_s >= self._max_poll_s
+            if over:
+                self._group.leave(member)
+            elif not member.gone:
+                self._scheduler.after(look_s, listen)
+
+        self._scheduler.after(look_s, listen)
 
     def _fall_silent(self) -> None:
         self._cluster.forget(self)
@@ -315,15 +321,24 @@ class Consumer:
         if member is None:
             return False
         if member.gone:  # the group went on without this one
-            lost = sorted(self._positions)
-            if lost:
-                self._call(self._on_lost or self._on_revoke, lost, self._unassign)
-            self._unassign(lost)
+            self._give_up(member)
             self._join()
             return True
         if self._protocol == "classic":
             return self._rebalance_eagerly(member)
         return self._rebalance_in_part(member)
+
+    def _give_up(self, member: Member) -> None:
+        """What it was asked to give back before its session was over, it is told to give back;
+        only the rest is lost."""
+        held = set(self._positions)
+        asked = held if member.asked else member.owned - member.target
+        if asked & held:
+            self._take(sorted(asked & held))
+        lost = sorted(self._positions)
+        if lost:
+            self._call(self._on_lost or self._on_revoke, lost, self._unassign)
+        self._unassign(lost)
 
     def _rebalance_eagerly(self, member: Member) -> bool:
         if self._group.preparing:

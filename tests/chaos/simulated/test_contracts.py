@@ -286,7 +286,7 @@ class Reader:
         self.told: list[tuple[str, list[int]]] = []
         self.answers: list[Any] = []
         self.read: list[tuple[int, int]] = []
-        config = consumer_config(brokers.settings, protocol, self._answered) | more
+        config = consumer_config(brokers.settings, protocol, self._answered, topic) | more
         self.consumer = brokers.consumer(config)
         self.consumer.subscribe(
             [topic],
@@ -387,11 +387,11 @@ def partitions_are_shared_in_ranges(brokers: Brokers, protocol: str) -> None:
     first.consumer.close()
 
 
-def whoever_is_not_heard_of_has_lost_what_it_had(brokers: Brokers, protocol: str) -> None:
-    topic = brokers.create("lost", 2)
+def whoever_is_replaced_is_told_so_late(brokers: Brokers, protocol: str) -> None:
+    """And what it was asked to give back while it slept does not count as lost."""
+    topic = brokers.create("late", 2)
     brokers.send(topic, 0, [b"a", b"b"])
-    limit_ms = int(SESSION_S * 1000)
-    zombie = Reader(brokers, topic, protocol, **{"max.poll.interval.ms": limit_ms})
+    zombie = Reader(brokers, topic, protocol, **_SILENT)
     _until(lambda: len(zombie.read) == 2, zombie)
     second = Reader(brokers, topic, protocol)
     _until(lambda: second.held == [0, 1], second)
@@ -399,10 +399,31 @@ def whoever_is_not_heard_of_has_lost_what_it_had(brokers: Brokers, protocol: str
     with pytest.raises(kafka.KafkaException):
         zombie.consumer.commit(offsets=[_place(topic, 0, 1)], asynchronous=False)
     assert second.consumer.committed([_place(topic, 0)], timeout=10)[0].offset == 2
-    _until(lambda: zombie.told[-1] == ("lost", [0, 1]), zombie)
     _until(lambda: sorted((zombie.held, second.held)) == [[0], [1]], zombie, second)
+    gone = zombie.told[1:-1]
+    if protocol == "classic":
+        assert gone == [("revoked", [0, 1])]
+    else:
+        assert [what for what, _ in gone] == ["revoked", "lost"]
+        assert sorted(gone[0][1] + gone[1][1]) == [0, 1]
     zombie.consumer.close()
     second.consumer.close()
+
+
+def whoever_is_silent_loses_what_it_has(brokers: Brokers, protocol: str) -> None:
+    topic = brokers.create("lost", 2)
+    silent = Reader(brokers, topic, protocol, **_SILENT)
+    awake = Reader(brokers, brokers.create("other", 1), protocol)
+    _until(lambda: silent.held == [0, 1], silent, awake)
+    for _ in range(int(10 * (SESSION_S + 3))):
+        awake.turn()
+    _until(lambda: len(silent.told) == 3, silent, awake)
+    assert silent.told[1:] == [("lost", [0, 1]), ("assigned", [0, 1])]
+    silent.consumer.close()
+    awake.consumer.close()
+
+
+_SILENT = {"max.poll.interval.ms": int(SESSION_S * 1000)}
 
 
 def topics_are_described(brokers: Brokers, protocol: str) -> None:
@@ -425,7 +446,8 @@ KAFKA: Sequence[Callable[[Brokers, str], None]] = (
     offsets_are_kept_with_their_metadata,
     a_seek_goes_back_and_a_pause_holds,
     partitions_are_shared_in_ranges,
-    whoever_is_not_heard_of_has_lost_what_it_had,
+    whoever_is_replaced_is_told_so_late,
+    whoever_is_silent_loses_what_it_has,
     topics_are_described,
 )
 both_protocols = pytest.mark.parametrize("protocol", ["classic", "consumer"])

@@ -208,6 +208,7 @@ class World:
 
         self.network.chances = Chances(some(0.03), some(0.05), some(0.1), some(0.02))
         self.network.latency_s = chance.choice((0.002, 0.002, 0.02, 0.1))
+        self.cluster.session_s = _SESSION_S
         self.cluster.commit_fails = some(0.2)
         self.cluster.commit_unanswered = some(0.2)
         self.cluster.refetch = some(0.02)
