@@ -543,7 +543,7 @@ class Intake(Service):  # type: ignore[misc]
             for place, offset in starts.items():
                 self._epochs[place] = self._epoch
                 self._next_offset.pop(place, None)
-                self._tracker.starts(place, offset)
+                self._tracker.resumes(place, offset)
             self._halted = self._rewinding  # unless it was lost meanwhile
         self._report_lost({p: (starts[p], at) for p, at in finished.items() if p in starts})
         self._report_expired(consumer, starts)

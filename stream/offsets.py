@@ -38,6 +38,10 @@ class OffsetTracker:
         """Everything before this offset was finished by somebody else."""
         self._starts[partition] = offset
 
+    def resumes(self, partition: TopicPartition, offset: int) -> None:
+        """Everything before this offset is saved, and may not be committed yet."""
+        self._finished[partition] = offset
+
     def positions(self) -> dict[TopicPartition, int]:
         """Partition -> the offset before which everything is finished, where that is known."""
         return self._starts | self._finished

@@ -172,3 +172,14 @@ class AnyInterleaving(RuleBasedStateMachine):
 
 
 TestAnyInterleaving = AnyInterleaving.TestCase
+
+
+def test_where_it_resumes_is_committed_though_nothing_follows() -> None:
+    tracker = OffsetTracker()
+    tracker.handed_out(("events", 0), 30)
+    tracker.finished(("events", 0), 30)
+    tracker.forget({("events", 0)})
+    tracker.resumes(("events", 0), 20)
+    assert tracker.committable() == {("events", 0): 20}
+    tracker.committed({("events", 0): 20})
+    assert tracker.committable() == {}

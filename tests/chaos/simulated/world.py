@@ -103,6 +103,7 @@ class Worker:
         except Exception as error:
             self.error = self.error or error
         finally:
+            world.scheduler.kill(self.process)  # threads end with their process
             _abandon(loop)
         world.ended(self)
 
