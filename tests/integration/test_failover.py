@@ -16,7 +16,7 @@ import redis
 
 from model.releases import Release
 from profiles.items import ItemStore
-from profiles.schema import OLDER, Keys, key64
+from profiles.schema import Keys, key64
 from stream import metrics
 from stream.events import Forget, Item
 from stream.local_stack import ApacheKafka, RedisServer
@@ -234,7 +234,7 @@ def test_an_emptied_redis_is_filled_from_the_topics(shop: Shop, store: Store) ->
         shop.assert_all_right()
         with store.client as client:
             # Else a worker that starts now takes what was committed before for saved.
-            assert client.hget(Keys(shop.settings.namespace).marks(), OLDER) == b"0"
+            assert client.hget(Keys(shop.settings.namespace).marks(), "older") == b"0"
         assert worker.error is None
 
 
