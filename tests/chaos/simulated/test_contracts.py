@@ -6,6 +6,7 @@ simulated world. A double that passes what the real one passes may stand for it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -471,7 +472,22 @@ class Apache:
         name = self.settings.topic(topic)
         for made in self._admin.create_topics([NewTopic(name, partitions, 1)]).values():
             made.result(30)
+        self._until_led([_place(name, partition) for partition in range(partitions)])
         return name
+
+    def _until_led(self, places: Sequence[kafka.TopicPartition]) -> None:
+        """A topic is made a moment before its partitions answer."""
+        deadline_s = time.monotonic() + 30
+        while True:
+            answers = self._admin.list_offsets({place: OffsetSpec.latest() for place in places})
+            try:
+                for answer in answers.values():
+                    answer.result(30)
+                return
+            except kafka.KafkaException:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.05)
 
     def send(self, topic: str, partition: int, values: Sequence[bytes]) -> None:
         producer = kafka.Producer(self._config)
