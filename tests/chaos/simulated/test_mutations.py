@@ -159,7 +159,7 @@ MISTAKES: Mapping[Callable[[Patch], None], Sequence[str]] = {
     what_was_begun_before_a_rewind_is_applied: LOSES_WRITES,
     no_guard: LOSES_WRITES,
     marks_before_saves: (),
-    marks_are_not_asked: LOSES_WRITES,
+    marks_are_not_asked: (*LOSES_WRITES, "crash"),
     a_batch_that_failed_is_passed: DIES,
 }
 
