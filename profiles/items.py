@@ -68,6 +68,11 @@ class ItemStore:
         """Where they are."""
         return self._keys
 
+    @property
+    def beginnings(self) -> int:
+        """How often writes were lost, as far as was noticed, and all was begun anew."""
+        return self._marks.beginnings if self._marks is not None else 0
+
     # records
 
     def put(
@@ -200,6 +205,11 @@ class ItemStore:
             if found:
                 yield [int(key[-16:], 16) for key in found]
 
+    def rely(self) -> None:
+        """On what was read so far, whoever wrote it: a Redis that loses that loses this as well,
+        and later writes find out. Raises RedisUnavailable, WritesLost."""
+        self._write(lambda pipe: None)
+
     def drop_space(self, space: str) -> None:
         """Give up all vectors of a space that no profile lives in any more."""
         with redis_errors(self._where):
@@ -229,12 +239,13 @@ class ItemStore:
         return self._has_vector_sets
 
     def set_space(self, space: str) -> None:
-        """Tell readers and other workers which space workers write now."""
+        """Tell readers and other workers which space workers write now. Raises RedisUnavailable,
+        WritesLost."""
         if self.current_space() != space:
-            with redis_errors(self._where):
-                # First: with the space current, an earlier sweep into it must not look done.
-                self._client.unlink(self._keys.sweep(space))
-                self._client.set(self._keys.current_space(), space)
+            keys = [self._keys.current_space(), self._keys.sweep(space)]
+            with steps_of(self._marks, self._keys, 1) as steps:
+                named = steps.guard([(keys, [space])])
+                run_script(self._client, schema.NAME_SPACE_SCRIPT, named, self._where)
 
     def current_space(self) -> str:
         """The space that workers write now; "" before the first."""

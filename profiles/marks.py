@@ -45,6 +45,8 @@ class Marks:
         self._follows = follows
         self._where = address(where) if where else "REDIS_URL"
         self._lock = threading.Lock()
+        self.beginnings = 0
+        """Times that `begin_anew` was called."""
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -54,6 +56,7 @@ class Marks:
             with redis_errors(self._where):
                 follow(self._client, self._keys)
         with self._lock:
+            self.beginnings += 1
             self._trail = Trail(self._keys.trail(secrets.token_hex(8), live=self._follows))
 
     @property
@@ -65,6 +68,11 @@ class Marks:
         """See `Trail.steps`."""
         with self._lock:
             return self._trail.steps(count)
+
+    def looks(self, count: int) -> AbstractContextManager[Steps]:
+        """See `Trail.looks`."""
+        with self._lock:
+            return self._trail.looks(count)
 
     def claim(self, sources: Sequence[int]) -> tuple[dict[int, int], bool]:
         """The marks of those sources that have one, to begin at; from then on nothing is written
@@ -84,7 +92,7 @@ class Marks:
 
     def first(self, *, older: bool) -> None:
         """Say, where nobody has yet, whether this namespace was written before there were marks;
-        found out before this is called, and before this writer writes. Raises RedisUnavailable."""
+        found out before this is called, and before a space is named. Raises RedisUnavailable."""
         with redis_errors(self._where):
             if self._client.hget(self._keys.marks(), schema.OLDER) is None:
                 self._client.hset(self._keys.marks(), schema.OLDER, "1" if older else "0")
@@ -103,6 +111,16 @@ def steps_of(marks: Marks | None, keys: schema.Keys, count: int) -> Iterator[Ste
     else:
         with marks.steps(count) as steps:
             yield steps
+
+
+@contextmanager
+def looks_of(marks: Marks | None, keys: schema.Keys, count: int) -> Iterator[Steps]:
+    """As `Marks.looks`; without marks nothing is missed."""
+    if marks is None:
+        yield Steps(keys.trail("none"), [UNGUARDED] * count, 0)
+    else:
+        with marks.looks(count) as looks:
+            yield looks
 
 
 def write(

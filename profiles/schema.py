@@ -341,17 +341,6 @@ class Keys:
         return f"{self.namespace}:sweep-turn"
 
 
-# KEYS: profile keys. No ARGV. Reply: state, fence, state, fence, …
-LOAD_SCRIPT: Final = """
-local out = {}
-for i = 1, #KEYS do
-  local got = redis.call('HMGET', KEYS[i], 'state', 'fence')
-  out[2 * i - 1] = got[1]
-  out[2 * i] = got[2]
-end
-return out
-"""
-
 # What a guarded script begins with. A write that comes twice finds its number there and is made
 # again. The trail's name says which generation must be live, and where that is written.
 _GUARD: Final = """
@@ -373,6 +362,21 @@ if thread ~= '' then
   end
 end
 """
+
+# KEYS: profile keys, then the writer's trail. ARGV: the guard's three, see SAVE_SCRIPT, with 0 for
+# the number. Reply: state, fence, state, fence, …; or the error LOST, because pairs are sent before
+# a save is refused, and a profile without its last events would give wrong ones.
+LOAD_SCRIPT: Final = (
+    _GUARD
+    + """local out = {}
+for i = 1, #KEYS - 1 do
+  local got = redis.call('HMGET', KEYS[i], 'state', 'fence')
+  out[2 * i - 1] = got[1]
+  out[2 * i] = got[2]
+end
+return out
+"""
+)
 
 _FENCED_SAVE: Final = """
 local refused = {}
@@ -464,6 +468,13 @@ return {}
 # KEYS: the trail. ARGV: the guard's three. Sent behind writes that do no harm where earlier ones
 # were lost.
 STEP_SCRIPT: Final = _GUARD + "return {}\n"
+
+# KEYS: the current space, the sweep into the one that is named, then the trail. ARGV: the space,
+# then the guard's three: a space is named only where its items are. With it current, an earlier
+# sweep into it must not look done.
+NAME_SPACE_SCRIPT: Final = (
+    _GUARD + "redis.call('UNLINK', KEYS[2])\nredis.call('SET', KEYS[1], ARGV[1])\nreturn {}\n"
+)
 
 # KEYS: a waiting set, then the trail. ARGV: user ids who were served, then the guard's three.
 # Nobody leaves the set whose save was lost.

@@ -286,6 +286,7 @@ def _scripts() -> list[str]:
         "AWAITED_SCRIPT",
         "SERVED_SCRIPT",
         "STEP_SCRIPT",
+        "NAME_SPACE_SCRIPT",
         "CLAIM_SCRIPT",
         "ADVANCE_SCRIPT",
         "FLIP_SCRIPT",

@@ -24,7 +24,7 @@ from .cache import ProfileCache, Row
 from .connection import address, redis_errors
 from .errors import LayoutMismatch, SchemaTooNew, StateCorrupt
 from .fates import Fates
-from .marks import Marks, steps_of
+from .marks import Marks, looks_of, steps_of
 from .outlook import Fields
 from .scripts import run_script, script_sha
 
@@ -66,7 +66,7 @@ class ProfileStore:
         """`writer` is a random 64-bit number of this process. Every save counts it on and puts
         it into its fences, so that no two saves can be taken for each other. `cached`: how many
         profiles are remembered after a save, to be loaded from memory the next time. `marks`
-        guards its saves; without them a save may follow ones that Redis lost."""
+        guards its loads and saves; without them a save may follow ones that Redis lost."""
         self._client = client
         self._keys = keys
         self._layout = layout
@@ -82,7 +82,7 @@ class ProfileStore:
         has them, whatever is remembered; for who might find nothing to do, and so save nothing
         that could be refused.
 
-        Raises RedisUnavailable, SchemaTooNew, LayoutMismatch, StateCorrupt.
+        Raises RedisUnavailable, WritesLost, SchemaTooNew, LayoutMismatch, StateCorrupt.
         """
         if anew:
             self._cache.take(user_ids)
@@ -113,7 +113,9 @@ class ProfileStore:
         calls: list[tuple[list[str], list[Any]]] = [
             (keys[i : i + _CHUNK], []) for i in range(0, len(keys), _CHUNK)
         ]
-        flat = [value or b"" for reply in self._run(schema.LOAD_SCRIPT, calls) for value in reply]
+        with looks_of(self._marks, self._keys, len(calls)) as looks:
+            replies = self._run(schema.LOAD_SCRIPT, looks.guard(calls))
+        flat = [value or b"" for reply in replies for value in reply]
         return list(zip(flat[::2], flat[1::2], strict=True))
 
     # --- the fast way

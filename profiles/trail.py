@@ -7,6 +7,9 @@ end only, so whoever finds the numbers finds the writes behind them.
 Numbers of writes whose answer never came are not used again: such a write may or may not be there,
 and a later one must not be taken for it.
 
+What is read for more than a save of the same row goes by the numbers as well, and raises none. A
+trail that missed a write once is refused for good: two servers may answer by turns.
+
 PURE. It does not know what is written, nor the script that compares (`schema.py`).
 """
 
@@ -17,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
+
+from .errors import WritesLost
 
 Tail = tuple[str, str, str]  # the last three ARGV of a guarded script
 UNGUARDED: Final[Tail] = ("", "", "")
@@ -50,12 +55,14 @@ class Trail:
         self._place_of: dict[int, int] = {}  # thread -> its place in what follows
         self._issued: list[int] = []
         self._acknowledged: list[int] = []
+        self._lost: WritesLost | None = None
 
     @contextmanager
     def steps(self, count: int) -> Iterator[Steps]:
         """Numbers for `count` writes of this thread, in one pipeline. All count as acknowledged at
-        the end, unless an error is raised or `made` was lowered."""
+        the end, unless an error is raised or `made` was lowered. Raises WritesLost."""
         with self._lock:
+            self._check()
             place = self._place_of.setdefault(threading.get_ident(), len(self._place_of))
             if place == len(self._issued):
                 self._issued.append(0)
@@ -68,7 +75,30 @@ class Trail:
             tails.append((str(place), str(number), ",".join(map(str, known))))
             known[place] = number
         steps = Steps(self._key, tails, count)
-        yield steps
+        with self._remembering_loss():
+            yield steps
         if steps.made:
             with self._lock:
                 self._acknowledged[place] = before + steps.made
+
+    @contextmanager
+    def looks(self, count: int) -> Iterator[Steps]:
+        """For `count` reads, of what all acknowledged writes led to. Raises WritesLost."""
+        with self._lock:
+            self._check()
+            tail = ("0", "0", ",".join(map(str, self._acknowledged)))
+        with self._remembering_loss():
+            yield Steps(self._key, [tail] * count, 0)
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise WritesLost(*self._lost.args)
+
+    @contextmanager
+    def _remembering_loss(self) -> Iterator[None]:
+        try:
+            yield
+        except WritesLost as lost:
+            with self._lock:
+                self._lost = lost
+            raise

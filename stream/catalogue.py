@@ -106,6 +106,7 @@ class Catalogue:
         self._changes = store.changes_end()
         self._lock = threading.RLock()
         self._completes_until_s = 0.0
+        self._filled = store.beginnings
 
     @property
     def engine(self) -> Engine:
@@ -121,17 +122,26 @@ class Catalogue:
         """Make every item that Redis knows findable in this engine's space, and warm the table:
         from Redis, else from the vectors that were shipped, else by encoding; the number of
         items. What is there already is not made again, so it may be repeated. Raises
-        RedisUnavailable."""
+        RedisUnavailable, WritesLost."""
+        self._filled = self._store.beginnings
         count = 0
         for keys in self._store.item_pages():
             for start in range(0, len(keys), _CHUNK):
                 if given_up():
                     return count
                 count += self._complete(keys[start : start + _CHUNK])
+        self._store.rely()  # most may be there because another worker put it there
         # A worker of the space before may go on for a while, and index what changes there alone.
         self._completes_until_s = time.monotonic() + _COMPLETES_S
         self.refresh()
         return count
+
+    def refill(self) -> None:
+        """Fill again, if what was filled may have been lost since. Raises RedisUnavailable,
+        WritesLost."""
+        while self._filled != self._store.beginnings:
+            self.forget()
+            self.fill(lambda: self._filled != self._store.beginnings)
 
     def _complete(self, keys: list[int]) -> int:
         """Index these items as their records stand; how many have a text."""

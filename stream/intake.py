@@ -678,20 +678,23 @@ class Intake(Service):  # type: ignore[misc]
     def _report_expired(
         self, consumer: kafka.Consumer, next_offsets: dict[TopicPartition, int]
     ) -> None:
-        """Say how many records the broker deleted before this group read them."""
+        """Say how many records the broker deleted before they were saved."""
+        left = dict(next_offsets)
         try:
             for (topic, partition), offset in next_offsets.items():
                 place = kafka.TopicPartition(topic, partition)
                 low, _ = consumer.get_watermark_offsets(place, timeout=_ANSWER_S)
+                del left[(topic, partition)]
                 if offset < low:
                     metrics.RECORDS_EXPIRED.inc(low - offset)
                     log.error(
-                        "%s[%d]: %d records were deleted by retention before they were read; "
+                        "%s[%d]: %d records were deleted by retention before they were saved; "
                         "raise the topic's retention.ms, and run `penchant rebuild --from archive`",
                         topic, partition, low - offset,
                     )  # fmt: skip
         except kafka.KafkaException as error:
             log.warning("could not compare offsets with the topics' start: %s", error)
+            self._jumped_from = left | self._jumped_from  # asked again with the next look
 
     def _report_idleness(self, now_s: float) -> None:
         """Say once when this worker has had no partition for long."""
@@ -712,8 +715,8 @@ class Intake(Service):  # type: ignore[misc]
             self._next_look_s = now_s + _LOOK_EVERY_S
             self._measure_lag(consumer)
             self._report_idleness(now_s)
-            self._report_expired(consumer, self._jumped_from)
-            self._jumped_from.clear()
+            jumped_from, self._jumped_from = self._jumped_from, {}
+            self._report_expired(consumer, jumped_from)
 
     def _measure_lag(self, consumer: kafka.Consumer) -> None:
         """From what is finished to the end, by the answer to the last time's question."""

@@ -72,7 +72,7 @@ SLICES_STALE: Final = Counter(
 )  # fmt: skip
 RECORDS_EXPIRED: Final = Counter(
     "penchant_records_expired",
-    "Records that the broker deleted before they were read. Any: raise the retention",
+    "Records that the broker deleted before they were saved. Any: raise the retention",
     registry=REGISTRY,
 )
 REDIS_RETRIES: Final = Counter(

@@ -145,5 +145,6 @@ class Swapper:
         self._updater.swap(catalogue)
         metrics.FLIP_S.observe(time.thread_time() - began_s)
         metrics.RELEASES_SWAPPED.inc()
+        catalogue.refill()
         if before != release.space:
             self._sweeper.wake(before)

@@ -299,9 +299,17 @@ class Pipeline:
         self._patience(lambda: self._marks.advance(begun.ends()))
 
     def _begin_anew(self) -> None:
-        self._updater.forget()
-        self._marks.begin_anew()
-        reopen_space(self._settings.model.releases, self._updater.items, self._updater.catalogue)
+        try:
+            self._updater.forget()
+            self._marks.begin_anew()
+            # Before the space: where a namespace without this has one, a worker that starts takes
+            # committed offsets for saved.
+            self._marks.first(older=False)
+            folder, updater = self._settings.model.releases, self._updater
+            reopen_space(folder, updater.items, updater.catalogue)
+        except WritesLost as lost:
+            log.error("%s once more", lost)
+            self._begin_anew()
 
     async def _call(self, thread: ThreadPoolExecutor, function: Callable[[A], T], argument: A) -> T:
         call = thread.submit(function, argument)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import redis
+from redis import Redis
 
 from model.engine import Engine
 from model.releases import build_base, make_current
@@ -129,12 +129,12 @@ class Bench:
         with _environment(environment):
             settings = Settings()
         create_topics(settings)
-        with redis.Redis.from_url(self.redis.url) as client:
+        with Redis.from_url(self.redis.url) as client:
             client.flushall()
             self._store_items(client, settings.namespace)
         yield settings, environment
 
-    def _store_items(self, client: redis.Redis, namespace: str) -> None:
+    def _store_items(self, client: Redis, namespace: str) -> None:
         """The catalogue with its vectors, so that no pipeline encodes an item for the first time
         while it is measured."""
         store = ItemStore(client, Keys(namespace))
@@ -186,7 +186,7 @@ def measure(
     bench: Bench, pipeline: Pipeline, name: str, events: int
 ) -> tuple[Reading, list[ceilings.Ceilings]]:
     """One reading; for Penchant on `spread` also the ceilings, of the same records and profiles."""
-    with bench.shop() as (settings, environment), redis.Redis.from_url(bench.redis.url) as client:
+    with bench.shop() as (settings, environment), Redis.from_url(bench.redis.url) as client:
         work = workloads.make(name, bench.data, events, settings.kafka.partitions)
         kafka = settings.kafka.client_config()
         watching.produce(kafka, settings.namespace, work.records)
@@ -233,7 +233,7 @@ def measure(
     return reading, tops
 
 
-def _counted(client: redis.Redis, pipeline: Pipeline, namespace: str) -> int:
+def _counted(client: Redis, pipeline: Pipeline, namespace: str) -> int:
     """The events that all profiles say they hold, to see that none was lost or counted twice."""
     field = "glance" if pipeline.name == "Penchant" else "events"
     keys = list(client.scan_iter(pipeline.profile_key % (namespace, "*"), count=10_000))

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -74,17 +74,18 @@ def _table(workload: str, readings: Sequence[Reading]) -> str:
         own = [r for r in readings if r.pipeline == name]
         rates = [r.rate for r in own]
         p50, p99 = (
-            _median(own, lambda r, q=q: float(np.percentile(r.fresh_ms, q))) for q in (50, 99)
+            statistics.median(float(np.percentile(r.fresh_ms, q)) for r in own) for q in (50, 99)
         )
         cpu = ", ".join(
-            f"{_median(own, lambda r, p=p: r.cpu_s[p]):,.0f}" for p in ("worker", "broker", "redis")
+            f"{statistics.median(r.cpu_s[process] for r in own):,.0f}"
+            for process in ("worker", "broker", "redis")
         )
         wrong = [r.counted for r in own if r.counted != r.events]
         counted = f"{own[0].events:,}" + (f" (counted {wrong})" if wrong else "")
         rows.append(
             f"| {name} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) "
             f"| {p50:,.0f} ms, {p99:,.0f} ms | {cpu} "
-            f"| {_median(own, lambda r: r.peak_mb):,.0f} MB | {counted} |"
+            f"| {statistics.median(r.peak_mb for r in own):,.0f} MB | {counted} |"
         )
     ours = [r for r in readings if r.pipeline == "Penchant"]
     for name in names:
@@ -123,10 +124,6 @@ def _ceilings(tops: Sequence[Ceilings]) -> str:
     ]
     lines += [f"| {what} | {statistics.median(each):,.0f} {unit} |" for what, each, unit in rows]
     return "\n".join(lines)
-
-
-def _median(readings: Sequence[Reading], value: Callable[[Reading], float]) -> float:
-    return statistics.median(map(value, readings))
 
 
 def _where(repeats: int, command: str) -> str:

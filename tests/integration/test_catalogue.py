@@ -14,11 +14,14 @@ import torch
 from model.encoder import TextEncoder
 from model.engine import Engine
 from model.releases import Release, build_base
+from model.text import text_version
 from profiles import RedisUnavailable
+from profiles.errors import WritesLost
 from profiles.items import ItemStore, Origin
+from profiles.marks import Marks
 from profiles.schema import ItemRecord, Keys, key64
 from stream.base_release import build_live, texts_of
-from stream.catalogue import Catalogue
+from stream.catalogue import Catalogue, text_of
 from stream.events import Item
 from stream.settings import ModelSettings
 
@@ -99,6 +102,38 @@ def test_who_waits_is_served_although_the_first_attempt_failed_half_way(
         assert got.told == [key(1)]
     items.resolve_waiting(key(1), lambda users: None)
     assert catalogue.resolve([key(1)], {key(1): item(1)}).told == []
+
+
+def test_what_was_filled_and_then_lost_is_filled_again(
+    release: Release, redis_client: redis.Redis, namespace: str
+) -> None:
+    """A release is made ready for minutes, and it may be another thread that notices a loss."""
+    marks = Marks(redis_client, Keys(namespace))
+    items = ItemStore(redis_client, Keys(namespace), marks=marks)
+    items.put([item(1)], [text_version(text_of(item(1)))], [None])
+    catalogue = Catalogue(Engine(release, device="cpu"), items)
+    catalogue.fill()
+    catalogue.refill()
+    items.drop_space(release.space)  # as if it were lost
+    marks.begin_anew()
+    catalogue.refill()
+    assert items.vectors_by_key(release.space, [key(1)]).keys() == {key(1)}
+
+
+def test_a_space_that_others_filled_is_not_named_where_that_was_lost(
+    release: Release, redis_client: redis.Redis, namespace: str
+) -> None:
+    keys = Keys(namespace)
+    ann, ben = (ItemStore(redis_client, keys, marks=Marks(redis_client, keys)) for _ in range(2))
+    ann.put([item(1)], [text_version(text_of(item(1)))], [None])
+    held = {name: redis_client.dump(name) for name in redis_client.scan_iter(f"{namespace}:*")}
+    for mine in (ann, ben):
+        Catalogue(Engine(release, device="cpu"), mine).fill()
+    redis_client.flushdb()
+    for name, value in held.items():
+        redis_client.restore(name, 0, value)
+    with pytest.raises(WritesLost):
+        ben.set_space(release.space)
 
 
 def test_an_item_that_another_worker_stored_serves_who_waits(

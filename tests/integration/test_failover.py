@@ -16,7 +16,7 @@ import redis
 
 from model.releases import Release
 from profiles.items import ItemStore
-from profiles.schema import Keys, key64
+from profiles.schema import OLDER, Keys, key64
 from stream import metrics
 from stream.events import Forget, Item
 from stream.local_stack import ApacheKafka, RedisServer
@@ -232,13 +232,23 @@ def test_an_emptied_redis_is_filled_from_the_topics(shop: Shop, store: Store) ->
             client.flushall()
         shop.send(2)
         shop.assert_all_right()
+        with store.client as client:
+            # Else a worker that starts now takes what was committed before for saved.
+            assert client.hget(Keys(shop.settings.namespace).marks(), OLDER) == b"0"
         assert worker.error is None
 
 
+@pytest.mark.parametrize("cached", [100_000, 0])
 def test_neighbours_lose_nothing_either(
-    shop: Shop, store: Store, release: Release, tmp_path: Path
+    shop: Shop, store: Store, release: Release, tmp_path: Path, cached: int
 ) -> None:
-    settings = shop.settings.model_copy(update={"learn": LearnSettings(neighbours=True)})
+    """Pairs leave the worker before its save is refused, made of what it remembers or loads."""
+    settings = shop.settings.model_copy(
+        update={
+            "learn": LearnSettings(neighbours=True),
+            "stream": shop.settings.stream.model_copy(update={"cached_profiles": cached}),
+        }
+    )
     create_topics(settings)
     shop.settings = settings
     shop.records = [record for record in shop.records if not isinstance(record, Forget)]

@@ -16,6 +16,7 @@ import redis
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from profiles.errors import WritesLost
 from profiles.marks import Marks
 from profiles.schema import Keys, source_key
 from stream import metrics
@@ -734,6 +735,76 @@ def test_after_a_rewind_what_waits_is_stale_and_the_mark_is_where_it_goes_on(
             reader.done(again[-1])
         assert offsets_of(again) == list(range(4, 15))
         topic.wait_committed(15)
+
+
+def test_what_retention_took_before_it_could_be_read_again_is_counted_and_told(
+    make_topic: MakeTopic, marks: Marks, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = _expired()
+    topic = make_topic()
+    topic.send(10)
+    with caplog.at_level(logging.ERROR), topic.read(marks=marks) as reader:
+        topic.wait_committed(10)
+        marks.advance({topic.source(): 4})
+        _delete_up_to(topic, 7)
+        reader.intake.rewind()
+        eventually("the rest is read again", lambda: reader.records() == 13)
+        assert offsets_of(reader.begun)[10:] == [7, 8, 9]
+        eventually("it is counted", lambda: _expired() - before == 3, 30)
+    assert "3 records were deleted by retention before they were saved" in caplog.text
+
+
+def test_a_worker_that_was_told_of_a_loss_goes_back_although_the_next_answer_is_good(
+    make_topic: MakeTopic, marks: Marks, redis_client: redis.Redis, namespace: str
+) -> None:
+    """As between two primaries: else it would hold back for good."""
+    topic = make_topic(partitions=1)
+    topic.send(3)
+    with topic.read(at_once=False, marks=marks) as reader:
+        eventually("it holds the partition", lambda: reader.intake.assigned())
+        reader.done(reader.take())
+        trail = next(redis_client.scan_iter(f"{namespace}:trail:*"))
+        held = redis_client.dump(trail)
+        redis_client.delete(trail)
+        eventually("it noticed", lambda: reader.waiting, 30)
+        redis_client.restore(trail, 0, held)
+        with pytest.raises(WritesLost):
+            marks.advance({})
+        reader.done(reader.take())
+        marks.begin_anew()
+        reader.intake.rewind()
+        again = reader.take()
+        assert offsets_of([again]) == [0, 1, 2]
+        reader.done(again)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_partition_that_is_taken_away_during_a_rewind_begins_at_its_mark_elsewhere(
+    make_topic: MakeTopic, marks: Marks, protocol: str
+) -> None:
+    topic = make_topic(partitions=2, group_protocol=protocol)
+    for partition in range(2):
+        topic.send(10, partition)
+    with topic.read(at_once=False, marks=marks) as one:
+        while one.records() < 20:
+            one.done(one.take())
+        for partition in range(2):
+            topic.wait_committed(10, partition)
+            topic.send(2, partition)
+        begun: list[MicroBatch] = []
+        while len(offsets_of(begun)) < 4:
+            begun.append(one.take())
+        marks.advance({topic.source(partition): 4 for partition in range(2)})
+        with topic.read(marks=marks) as two:
+            eventually("it waits for what is in hand", one.intake.draining, 30)
+            one.intake.rewind()
+            for batch in begun:
+                one.done(batch)
+            eventually("each has one", lambda: two.intake.assigned() == 1, 30)
+            eventually("what was lost is read", lambda: two.records() == 8)
+            mine = one.take()
+            assert offsets_of(two.begun) == offsets_of([mine]) == list(range(4, 12))
+            one.done(mine)
 
 
 def test_a_reader_begins_at_the_mark_where_more_was_committed(

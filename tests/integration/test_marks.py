@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 
+import numpy as np
 import pytest
 import redis
 
@@ -83,6 +84,48 @@ def test_nothing_is_saved_on_top_of_what_was_lost(
     assert marks.claim([P0]) == ({}, False)
     _save(store, "cem")
     assert redis_client.exists(keys.profile("cem")) == 1
+
+
+def test_a_profile_that_lost_its_last_events_is_not_loaded(
+    redis_client: redis.Redis, keys: Keys, marks: Marks
+) -> None:
+    store = ProfileStore(redis_client, keys, LAYOUT, ttl_s=1_000, writer=1, marks=marks)
+    _save(store, "ann")
+    back = throw_back(redis_client, keys)
+    _save(store, "ann")
+    back()
+    with pytest.raises(WritesLost):
+        store.load(["ann"])
+    marks.begin_anew()
+    assert len(store.load(["ann"])) == 1
+
+
+def test_a_space_whose_items_were_lost_is_not_named(
+    redis_client: redis.Redis, keys: Keys, marks: Marks
+) -> None:
+    items = ItemStore(redis_client, keys, marks=marks)
+    items.put([ItemRecord("A-1", "Lamp")], ["0" * 16], [Origin(P0, 3)])
+    back = throw_back(redis_client, keys)
+    items.put_vectors("space", ["A-1"], ["0" * 16], np.ones((1, 4), np.float32))
+    back()
+    with pytest.raises(WritesLost):
+        items.set_space("space")
+    assert items.current_space() == ""
+
+
+def test_who_was_told_of_a_loss_is_told_again(
+    redis_client: redis.Redis, keys: Keys, marks: Marks
+) -> None:
+    """The next answer may come from the other of two primaries, which has it all."""
+    back = throw_back(redis_client, keys)
+    marks.claim([P0])
+    onward = throw_back(redis_client, keys)
+    back()
+    with pytest.raises(WritesLost):
+        marks.advance({})
+    onward()
+    with pytest.raises(WritesLost):
+        marks.advance({})
 
 
 def test_a_claim_that_was_lost_is_missed(

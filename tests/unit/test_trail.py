@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from profiles.errors import WritesLost
 from profiles.trail import Tail, Trail
 
 
@@ -71,6 +72,29 @@ def test_a_write_without_an_answer_is_neither_missed_nor_taken_for_a_later_one()
         assert write(trail, redis)
         redis.at = before
         assert not write(trail, redis)
+
+
+def test_a_read_misses_what_a_write_would_and_raises_no_number() -> None:
+    trail, redis = Trail("trail"), Numbers()
+    assert write(trail, redis)
+    before = dict(redis.at)
+    with trail.looks(2) as looks:
+        assert [redis.takes(tail) for tail in looks.tails] == [True] * 2
+    assert redis.at == before
+    assert write(trail, redis)
+    redis.at = before
+    with trail.looks(1) as looks:
+        assert not redis.takes(looks.tails[0])
+
+
+def test_a_loss_is_remembered() -> None:
+    trail = Trail("trail")
+    with pytest.raises(WritesLost), trail.looks(1):
+        raise WritesLost("some")
+    with pytest.raises(WritesLost, match="some"), trail.steps(1):
+        pytest.fail("begun")
+    with pytest.raises(WritesLost, match="some"), trail.looks(1):
+        pytest.fail("begun")
 
 
 def test_the_same_writes_may_be_sent_twice() -> None:

@@ -59,7 +59,8 @@ class _Block(nn.Module):
         )
         x = self.norm_forward(q + seen)
         inner = self.dropout(torch.relu(self.forward_in(x)))
-        return x + self.dropout(self.forward_out(inner))
+        out: Tensor = x + self.dropout(self.forward_out(inner))
+        return out
 
 
 class SASRec(nn.Module):
@@ -85,7 +86,8 @@ class SASRec(nn.Module):
         x = self.dropout(x + self.positions(place.clamp(max=end - 1)))
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out
 
 
 class GRU4Rec(nn.Module):
@@ -100,7 +102,8 @@ class GRU4Rec(nn.Module):
 
     def forward(self, items: Tensor, count: Tensor) -> Tensor:
         states, _ = self.gru(self.dropout(self.items(items)))
-        return self.dropout(states)
+        out: Tensor = self.dropout(states)
+        return out
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Neural:
         self._net.eval()
         with torch.inference_mode():
             last = self._net(items, count)[torch.arange(len(known)), count - 1]  # (k, d)
-            scores[known] = (last @ self._net.items.weight.T).numpy()  # type: ignore[union-attr,operator]
+            scores[known] = (last @ self._net.items.weight.T).numpy()  # type: ignore[union-attr]
         return scores
 
     def update(self, events: Events) -> None:
@@ -191,7 +194,9 @@ class Neural:
         others = torch.randint(self._n_items, (_NEGATIVES,))
         wrongs = state @ embedding(others).T + np.log(self._n_items / _NEGATIVES)  # (p, S)
         wrongs = wrongs.masked_fill(others[None] == target[:, None], float("-inf"))
-        return (torch.logsumexp(torch.cat([right[:, None], wrongs], dim=1), dim=1) - right).mean()
+        every = torch.logsumexp(torch.cat([right[:, None], wrongs], dim=1), dim=1)  # (p,)
+        loss: Tensor = (every - right).mean()
+        return loss
 
     def _past(self, user: int) -> Int32s:
         latest = self._histories.get(user, [])[-self._length :]
@@ -224,7 +229,7 @@ class _Examples:
         # Windows of about one length together, so that little is padding.
         order = np.argsort(size + rng.uniform(0, 3, len(size)))
         parts = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
-        rng.shuffle(parts)  # type: ignore[arg-type]
+        rng.shuffle(parts)
         return [batch for part in parts if (batch := self._batch(part, rng)) is not None]
 
     def _batch(self, part: Ints, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor] | None:
