@@ -145,7 +145,7 @@ TRAIL_TTL_S: Final = 86_400
 OLDER: Final = "older"
 SWEEP_TURN_S: Final = 30
 SWEEP_TTL_S: Final = 30 * 86_400
-BUILD_TURN_S: Final = 30
+BUILD_TURN_S: Final = 15
 
 
 def key64(text: str) -> int:
@@ -320,8 +320,8 @@ class Keys:
         return f"{self.namespace}:generations"
 
     def build(self) -> str:
-        """Hash of how a generation was made: source, user (empty: all), done (parts of the archive
-        or the snapshot), parts, and end:SOURCE (offset where the topic takes over)."""
+        """Hash of what a generation is made from: source, and user (empty: all). How far it is
+        stands in its marks."""
         return f"{self._own}:build"
 
     def build_turn(self) -> str:

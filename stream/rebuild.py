@@ -24,7 +24,7 @@ from profiles.connection import redis_errors
 from profiles.errors import WritesLost
 from profiles.generations import BUILDING, READY, Generations, follow
 from profiles.marks import Marks
-from profiles.schema import BUILD_TURN_S, OLDER, Keys
+from profiles.schema import BUILD_TURN_S, OLDER, Keys, key64
 from profiles.store import ProfileStore
 
 from .archive import Archive, open_store
@@ -45,7 +45,12 @@ SNAPSHOT: Final = "snapshot "  # and its address
 
 # So near to the end of the topic a flip is hardly seen by readers, and the rest is the workers'.
 _NEAR_RECORDS: Final = 1_000
-_KEEP_S: Final = 5.0
+# How far a generation is, beside the topic: in its marks.
+_SEEDED: Final = "seeded"
+_PARTS: Final = "archive parts"
+_COUNT: Final = "archive parts in all"
+_END: Final = "archived to"
+_KEEP_S: Final = 3.0
 _INSTALL_ROUNDS: Final = 20
 
 
@@ -121,6 +126,7 @@ class Rebuild:
 
     def __enter__(self) -> Rebuild:
         self._require_space()
+        self._require_items()
         self._turn.take()
         return self
 
@@ -135,8 +141,7 @@ class Rebuild:
         number = self._take_up()
         try:
             making = self._making(number, live, "")
-            while making.catch_up() > _NEAR_RECORDS:
-                pass
+            self._come_near(making)
             making.serve_waiting()
             difference = self._compare(making, live)
             self._generations.ready(number)
@@ -165,6 +170,17 @@ class Rebuild:
         finally:
             self._discard(number)
 
+    def _come_near(self, making: _Making) -> None:
+        before = making.catch_up()
+        while before > _NEAR_RECORDS:
+            count = making.catch_up()
+            if count >= before and self._per_s:
+                raise UserError(
+                    f"events come faster than {self._per_s:g} a second: raise --per-s, or leave it "
+                    "out; the rebuild goes on where it is"
+                )
+            before = count
+
     # --- generations
 
     def _live_keys(self) -> Keys:
@@ -183,6 +199,25 @@ class Rebuild:
                 "wait until they have swapped, or name their folder of releases"
             )
 
+    def _require_items(self) -> None:
+        """What is not in Redis cannot be folded; an emptied one gets the items from a worker."""
+        topic, live = find_topic(self._settings, "items"), self._live_keys()
+        with closing(TopicReader(self._settings, topic)) as reader:
+            ends = reader.ends()
+        if not ends:
+            return
+        sources = [f"{topic.source(p):016x}" for p in ends]
+        with redis_errors(self._settings.redis.url):
+            marks = cast(list[bytes | None], self._client.hmget(live.marks(), sources))
+        missing = sum(
+            max(0, end - int(mark or 0)) for end, mark in zip(ends.values(), marks, strict=True)
+        )
+        if missing > _NEAR_RECORDS:
+            raise UserError(
+                f"workers have not stored {missing:,} records of {topic.name} yet: wait for them, "
+                "or start one"
+            )
+
     def _take_up(self) -> int:
         """A generation of this source that another run left, or a new one."""
         found = None
@@ -199,12 +234,14 @@ class Rebuild:
         keys = Keys(self._settings.namespace, number)
         with redis_errors(self._settings.redis.url):
             # Workers go on from here with what is not rebuilt: items, and what was forwarded.
-            marks = cast(dict[bytes, bytes], self._client.hgetall(live.marks()))
+            stored = cast(dict[bytes, bytes], self._client.hgetall(live.marks()))
+            marks = {s.decode(): int(at) for s, at in stored.items() if s != OLDER.encode()}
             if (snapshot := self._snapshot()) is not None:
-                marks = {s.encode(): str(at).encode() for s, at in snapshot.marks.items()}
-            rebuilt = {f"{source:016x}".encode() for source in self._topic.sources}
+                both = marks.keys() & snapshot.marks.keys()
+                marks = {source: min(marks[source], snapshot.marks[source]) for source in both}
+            rebuilt = {f"{source:016x}" for source in self._topic.sources}
             kept: dict[Any, Any] = {s: at for s, at in marks.items() if s not in rebuilt}
-            self._client.hset(keys.marks(), mapping=kept | {OLDER: "0"})
+            self._client.hset(keys.marks(), mapping=kept | {OLDER: 0})
             told: dict[Any, Any] = {"source": self._source, "user": user}
             self._client.hset(keys.build(), mapping=told)
         return number
@@ -234,13 +271,11 @@ class Rebuild:
             self._per_s,
             user,
         )
-        told = self._told(number)
-        if "seeded" not in told:
+        if not making.progress(_SEEDED):
             if self._source == ARCHIVE:
-                self._from_archive(making, told)
+                self._from_archive(making)
             elif (snapshot := self._snapshot()) is not None:
                 making.seed(snapshot)
-            self._note(making.keys, {"seeded": 1})
         return making
 
     def _snapshot(self) -> Snapshot | None:
@@ -248,39 +283,33 @@ class Rebuild:
             return None
         return load_snapshot(self._source.removeprefix(SNAPSHOT))
 
-    def _from_archive(self, making: _Making, told: Mapping[str, str]) -> None:
+    def _from_archive(self, making: _Making) -> None:
         settings, topic = self._settings, self._topic
-        ends = {int(name[4:], 16): int(at) for name, at in told.items() if name[:4] == "end:"}
-        if not ends:
+        if not making.progress(_COUNT):
             archived = archived_to(settings, topic)
-            ends = {topic.source(p): archived.get(p, 0) for p in range(topic.partitions)}
-            self._note(making.keys, {f"end:{source:016x}": at for source, at in ends.items()})
-        self._reader.require({p: ends.get(source, 0) for source, p in topic.sources.items()})
+            for p in range(topic.partitions):
+                making.note(f"{_END} {p}", archived.get(p, 0))
+        ends = {source: making.progress(f"{_END} {p}") for source, p in topic.sources.items()}
+        self._reader.require({p: ends[source] for source, p in topic.sources.items()})
         archive = Archive(open_store(settings.archive.url), self._turn.keep)
         folder = settings.stream.data_dir / f"rebuild-{making.keys.generation}"
-        parts = spill(
-            archive, folder, ends, making.user, self._begin("reading the archive"),
-            int(told.get("parts", 0)),
-        )  # fmt: skip
+        report = self._begin("reading the archive")
+        parts = spill(archive, folder, ends, making.user, report, making.progress(_COUNT))
         try:
-            self._note(making.keys, {"parts": parts.count})
+            making.note(_COUNT, parts.count)
             weights = event_weights(settings.profile.weights)
             report = self._begin("folding the archive")
-            for part in range(int(told.get("done", 0)), parts.count):
+            for part in range(making.progress(_PARTS), parts.count):
                 report(part, parts.count)
                 today = frozenset(topic.sources)
                 for taken in parts.read(part, weights, settings.profile.currency, today):
                     making.fold(taken, {})
-                self._note(making.keys, {"done": part + 1})
+                making.note(_PARTS, part + 1)
             report(parts.count, parts.count)
         finally:
             parts.remove()
         self._lacking = parts.lacking
-        making.mark(ends)
-
-    def _note(self, keys: Keys, fields: dict[Any, Any]) -> None:
-        with redis_errors(self._settings.redis.url):
-            self._client.hset(keys.build(), mapping=fields)
+        making.seeded(ends)
 
     def _compare(self, making: _Making, live: Keys) -> Difference:
         report = self._begin("comparing")
@@ -397,6 +426,22 @@ class _Making:
         if ends:
             self._patience(lambda: self.marks.advance(ends))
 
+    def progress(self, of: str) -> int:
+        """How far the making itself is; 0 before that was noted."""
+        key = self._progress_key(of)
+        return self._patience(lambda: self.marks.claim([key]))[0].get(key, 0)
+
+    def note(self, of: str, at: int) -> None:
+        """A mark like others: it is there only if all that went before it is."""
+        self.mark({self._progress_key(of): at})
+
+    def seeded(self, ends: Mapping[int, int]) -> None:
+        """All below these offsets is in (source -> offset), and the topic has the rest."""
+        self.mark({**ends, self._progress_key(_SEEDED): 1})
+
+    def _progress_key(self, of: str) -> int:
+        return key64(f"{of}/{self.keys.generation}")
+
     def seed(self, snapshot: Snapshot) -> None:
         """Put a snapshot's profiles there; who is there already stays."""
         topic = self._reader.topic
@@ -423,7 +468,7 @@ class _Making:
                 self._updater.resolve(waiting, self._catalogue)
             count += len(users)
             report(count, snapshot.users)
-        self.mark(ends)
+        self.seeded(ends)
 
     def serve_waiting(self) -> None:
         """Fold the events whose items' texts came meanwhile."""

@@ -120,6 +120,10 @@ class TopicReader:
             total += max(0, end - at)
         return total
 
+    def ends(self) -> dict[int, int]:
+        """Partition -> where it ends now, of those that hold records. Raises UserError."""
+        return {p: end for p, (low, end) in self._bounds().items() if end > low}
+
     def _bounds(self) -> dict[int, tuple[int, int]]:
         found = {}
         for p in range(self._topic.partitions):

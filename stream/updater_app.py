@@ -109,6 +109,7 @@ def build_marks(settings: Settings) -> Marks:
     Before anything is written."""
     client, keys = settings.redis.connection().open(), Keys(settings.namespace)
     marks = Marks(client, keys, settings.redis.url, follows=True)
+    metrics.GENERATION.set(keys.generation)
     older = ItemStore(client, keys, settings.redis.url).current_space() != ""
     marks.first(older=older)
     return marks
@@ -302,6 +303,7 @@ class Pipeline:
         try:
             self._updater.forget()
             self._marks.begin_anew()
+            metrics.GENERATION.set(self._marks.keys.generation)
             # Before the space: where a namespace without this has one, a worker that starts takes
             # committed offsets for saved.
             self._marks.first(older=False)
