@@ -180,6 +180,7 @@ def read_back(settings: Settings, name: str) -> list[Stored]:
         left = {}
         for place in places:
             low, high = consumer.get_watermark_offsets(place, timeout=10)
+            place.offset = low
             if high > low:
                 left[place.partition] = high
         consumer.assign([place for place in places if place.partition in left])
