@@ -320,8 +320,9 @@ class Keys:
         return f"{self.namespace}:generations"
 
     def build(self) -> str:
-        """Hash of what a generation is made from: source, and user (empty: all). How far it is
-        stands in its marks."""
+        """Hash of what a generation is made from: source, user (empty: all), rules (key of the
+        profile settings) and space; and refused (1) where it lacks what live profiles have. How far
+        it is stands in its marks."""
         return f"{self._own}:build"
 
     def build_turn(self) -> str:

@@ -145,6 +145,9 @@ class Rebuild:
             making.serve_waiting()
             difference = self._compare(making, live)
             self._generations.ready(number)
+            if difference.lost:  # by hand, or another time from the beginning
+                with redis_errors(self._settings.redis.url):
+                    self._client.hset(making.keys.build(), "refused", 1)
             flipped = flip and not difference.lost
             if flipped:
                 making.catch_up()
@@ -219,11 +222,11 @@ class Rebuild:
             )
 
     def _take_up(self) -> int:
-        """A generation of this source that another run left, or a new one."""
+        """A generation that another run left of the same source and settings, or a new one."""
         found = None
         for number, state in self._generations.states().items():
             if state in (BUILDING, READY) and not (told := self._told(number)).get("user"):
-                if found is None and told.get("source") == self._source:
+                if found is None and told == self._made_from(""):
                     found = number
                 else:
                     self._generations.give_up(number)
@@ -242,9 +245,18 @@ class Rebuild:
             rebuilt = {f"{source:016x}" for source in self._topic.sources}
             kept: dict[Any, Any] = {s: at for s, at in marks.items() if s not in rebuilt}
             self._client.hset(keys.marks(), mapping=kept | {OLDER: 0})
-            told: dict[Any, Any] = {"source": self._source, "user": user}
+            told: dict[Any, Any] = dict(self._made_from(user))
             self._client.hset(keys.build(), mapping=told)
         return number
+
+    def _made_from(self, user: str) -> dict[str, str]:
+        rules = key64(self._settings.profile.model_dump_json())
+        return {
+            "source": self._source,
+            "user": user,
+            "rules": f"{rules:016x}",
+            "space": self._engine.space,
+        }
 
     def _told(self, number: int) -> dict[str, str]:
         with redis_errors(self._settings.redis.url):

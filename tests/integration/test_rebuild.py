@@ -196,6 +196,11 @@ def test_a_rebuild_of_an_idle_shop_equals_the_live_profiles(shop: Shop) -> None:
     shop.client.hset(made.profile(user), "state", state)
     found = compare(shop.client, live, made)
     assert (found.differ, found.examples["sums"]) == (1, [user])
+    profile = shop.settings.profile.model_copy(update={"weights": {"purchase": 2.0}})
+    shop.settings = shop.settings.model_copy(update={"profile": profile})
+    other = shop.rebuild(flip=False)  # not the one of other weights taken further
+    assert (other.generation, shop.generations.states()[1]) == (2, GOING)
+    assert other.difference.fields["sums"] > 20
 
 
 def _other(shop: Shop, user: str) -> str:
@@ -396,11 +401,15 @@ def test_an_archive_that_lost_its_beginning_takes_no_profiles_place(shop: Shop) 
         eventually("it is archived", lambda: all_committed(shop.settings))
     shop.lose_beginning()
     first = min((folder / "archive").glob("day=*/*.parquet"))
+    held = first.read_bytes()
     first.unlink()
     outcome = shop.rebuild(ARCHIVE)
     assert not outcome.flipped
     assert outcome.difference.lost
     assert shop.generations.states() == {0: LIVE, 1: READY}
+    first.write_bytes(held)
+    assert shop.rebuild(ARCHIVE).flipped  # made from the beginning
+    assert shop.generations.states() == {0: BEFORE, 1: GOING, 2: LIVE}
 
 
 def test_a_snapshot_taken_amid_the_flow_is_made_whole_from_the_topic(
