@@ -46,7 +46,7 @@ _FENCE: Final = schema.FENCE_HEADER.itemsize
 _T_MS: Final = struct.Struct("<q")
 _FENCE_HEADER: Final = struct.Struct("<QQq")
 _WATERMARK: Final = struct.Struct("<Qq")
-_REBUILD: Final = "delete it, and replay the topic for that user"
+_REBUILD: Final = "delete it, and run `penchant rebuild --user` for that user"
 FORGET: Final = 255
 """The type code of a `forget` in event columns: it erases, it is not counted."""
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from .errors import RedisIsCluster, RedisUnavailable, WritesLost
+from .errors import GenerationRetired, RedisIsCluster, RedisUnavailable, WritesLost
 
 if TYPE_CHECKING:
     import redis
@@ -98,6 +98,8 @@ def redis_errors(where: str) -> Iterator[None]:
             raise WritesLost(
                 f"Redis at {where} has lost writes that it had acknowledged"
             ) from error
+        if _reason(error).startswith(_RETIRED):
+            raise GenerationRetired("another generation of profiles is live now") from error
         # redis-py has a class for some of these, and takes the code off their message.
         if isinstance(error, e.NoPermissionError) or _NO_PERMISSION in str(error):
             raise RedisUnavailable(
@@ -133,6 +135,7 @@ def _is_cluster(where: str) -> RedisIsCluster:
 # What a script reports of a command that its user may not run.
 _NO_PERMISSION: Final = "ACL failure in script"
 _LOST: Final = "LOST "  # see schema
+_RETIRED: Final = "RETIRED "
 _UNWILLING: Final = re.compile(r"\b(MISCONF|NOREPLICAS|BUSY|UNKILLABLE)\b")
 
 

@@ -7,6 +7,7 @@ ProfilesError
 ├── SpaceMismatch       vectors of two embedding spaces: fetch both again
 ├── LayoutMismatch      written under other settings: restore them, or rebuild
 ├── WritesLost          Redis went back behind what it had acknowledged: read again from the marks
+│   └── GenerationRetired  other profiles are live now: go on in those, from their marks
 ├── RedisIsCluster      keys spread over slots: name a Redis without cluster mode
 └── RedisUnavailable    no answer from Redis: retry later, or serve without a profile
 """
@@ -41,6 +42,11 @@ class LayoutMismatch(ProfilesError):
 class WritesLost(ProfilesError):
     """Redis does not have what it had acknowledged to this writer: it failed over to a replica
     that was behind, or started from an older file. Nothing was saved on top of that."""
+
+
+class GenerationRetired(WritesLost):
+    """Another generation of profiles is live than the one that this writer works on. Nothing was
+    saved in the one that was."""
 
 
 class RedisIsCluster(ProfilesError):

@@ -64,6 +64,11 @@ class ItemStore:
             write(self._client, self._marks, self._keys, fill)
 
     @property
+    def keys(self) -> schema.Keys:
+        """Where they are."""
+        return self._keys
+
+    @property
     def beginnings(self) -> int:
         """How often writes were lost, as far as was noticed, and all was begun anew."""
         return self._marks.beginnings if self._marks is not None else 0
@@ -295,6 +300,19 @@ class ItemStore:
         with redis_errors(self._where):
             positions = self._awaited(keys=[self._keys.waiting(item) for item in items])
         return {items[position - 1] for position in positions}
+
+    def awaited_pages(self) -> Iterator[list[int]]:
+        """The keys of all items that users wait for, in no order and some perhaps twice."""
+        prefix = self._keys.waiting(0)[:-16]
+        cursor = -1
+        while cursor != 0:
+            with redis_errors(self._where):
+                cursor, found = cast(
+                    tuple[int, list[bytes]],
+                    self._client.scan(max(cursor, 0), match=f"{prefix}*", count=_KEYS_PER_SCAN),
+                )
+            if found:
+                yield [int(key[-16:], 16) for key in found]
 
     def resolve_waiting(self, item: int, resolve: Callable[[list[str]], None]) -> None:
         """Call `resolve` with the users that wait for an item, some at a time; those it returned

@@ -23,7 +23,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from . import schema
-from .connection import address
+from .connection import address, redis_errors
+from .generations import follow
 from .scripts import run_script, script_sha
 from .trail import UNGUARDED, Steps, Trail
 
@@ -34,9 +35,14 @@ if TYPE_CHECKING:
 class Marks:
     """Of one writing process, or of a part of it that reads topics of its own. Any thread."""
 
-    def __init__(self, client: redis.Redis, keys: schema.Keys, where: str = "") -> None:
+    def __init__(
+        self, client: redis.Redis, keys: schema.Keys, where: str = "", *, follows: bool = False
+    ) -> None:
+        """`follows`: the keys become those of the live generation at each beginning, and nothing is
+        written once another is live (GenerationRetired). Raises RedisUnavailable."""
         self._client = client
         self._keys = keys
+        self._follows = follows
         self._where = address(where) if where else "REDIS_URL"
         self._lock = threading.Lock()
         self.beginnings = 0
@@ -45,10 +51,18 @@ class Marks:
 
     def begin_anew(self) -> None:
         """Rely on nothing that was written before. No save that goes back to an earlier load may
-        be on its way."""
+        be on its way. Raises RedisUnavailable."""
+        if self._follows:
+            with redis_errors(self._where):
+                follow(self._client, self._keys)
         with self._lock:
             self.beginnings += 1
-            self._trail = Trail(self._keys.trail(secrets.token_hex(8)))
+            self._trail = Trail(self._keys.trail(secrets.token_hex(8), live=self._follows))
+
+    @property
+    def keys(self) -> schema.Keys:
+        """Of what is marked."""
+        return self._keys
 
     def steps(self, count: int) -> AbstractContextManager[Steps]:
         """See `Trail.steps`."""

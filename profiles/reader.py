@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     import redis.asyncio
 
 _MATRIX_AGE_S: Final = 60.0  # how long an item matrix loaded for brute force is used
+# How often it is asked which generation of profiles is live, beside a question that comes anyway.
+# Those of the one before stay as they were at the flip.
+_GENERATION_AGE_S: Final = 1.0
 _SCAN_PAGE: Final = 1_000
 _FIELDS: Final = (schema.STATE, schema.FENCE, schema.NEXT, schema.HEADS)
 
@@ -220,17 +223,36 @@ class Plans:
         self._keys = schema.Keys(namespace)
         self._matrices: dict[str, _ItemMatrix] = {}
         self._has_vector_sets: bool | None = None
+        self._follow_next_s = 0.0
 
     def _get(self, user_id: str) -> Plan[Profile]:
-        (reply,) = yield [("HMGET", self._keys.profile(user_id), *_FIELDS)]
+        (reply,) = yield from self._stored([user_id])
         return _found(user_id, reply)
+
+    def _stored(self, user_ids: Sequence[str]) -> Plan[list[Any]]:
+        """The fields of n users, in one round trip; one more where another generation is live."""
+        if time.monotonic() < self._follow_next_s:
+            return (yield self._lookups(user_ids))
+        live, *replies = yield [("GET", self._keys.live()), *self._lookups(user_ids)]
+        if self._went_on(live):
+            replies = yield self._lookups(user_ids)
+        return replies
+
+    def _lookups(self, user_ids: Sequence[str]) -> list[Command]:
+        return [("HMGET", self._keys.profile(user_id), *_FIELDS) for user_id in user_ids]
+
+    def _went_on(self, live: bytes | None) -> bool:
+        """Whether that is another generation than before; it is the one to read from now on."""
+        before, self._keys.generation = self._keys.generation, int(live or 0)
+        self._follow_next_s = time.monotonic() + _GENERATION_AGE_S
+        return before != self._keys.generation
 
     def _outlook(self, user_id: str) -> Plan[Outlook | None]:
         profile = yield from self._get(user_id)
         return profile.outlook
 
     def _get_many(self, user_ids: Sequence[str]) -> Plan[dict[str, Profile]]:
-        replies = yield [("HMGET", self._keys.profile(user_id), *_FIELDS) for user_id in user_ids]
+        replies = yield from self._stored(user_ids)
         return _known(user_ids, replies)
 
     def _exists(self, user_id: str) -> Plan[bool]:
@@ -307,6 +329,8 @@ class Plans:
 
     def _user_page(self, cursor: int) -> Plan[tuple[int, list[str]]]:
         """The next cursor (0 = the end) and some users."""
+        if cursor == 0:
+            self._went_on((yield [("GET", self._keys.live())])[0])
         prefix, suffix = self._keys.profile("\0").split("\0")
         pattern = _glob(prefix) + "*"
         (page,) = yield [("SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_PAGE)]

@@ -153,8 +153,11 @@ WAITING_TTL_S: Final = 30 * 86_400
 # stopped for longer reads again what it wrote last, and finds it there.
 TRAIL_TTL_S: Final = 86_400
 # Field of the marks: 1 where offsets were committed before there were marks, else 0.
+OLDER: Final = "older"
+# Field of the marks: 1 where offsets were committed before there were marks, else 0.
 SWEEP_TURN_S: Final = 30
 SWEEP_TTL_S: Final = 30 * 86_400
+BUILD_TURN_S: Final = 15
 
 
 def key64(text: str) -> int:
@@ -235,16 +238,23 @@ def read_record(raw: bytes) -> ItemRecord:
     return ItemRecord(**{**known, "category": tuple(known["category"])})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Keys:
-    """Every Redis key of one namespace."""
+    """Every Redis key of one namespace, and of one generation of its profiles. The generation may
+    become another: whoever shares these keys goes along."""
 
     namespace: str
+    generation: int = 0
+
+    @property
+    def _own(self) -> str:
+        """What the keys of this generation begin with; the first one's bear no number."""
+        return f"{self.namespace}:g{self.generation}" if self.generation else self.namespace
 
     def profile(self, user_id: str) -> str:
         """Hash of one user: fields state, glance, fence, and those of the outlook: next, heads.
         Expires after PROFILE_TTL_DAYS."""
-        return f"{self.namespace}:profile:{{{user_id}}}"
+        return f"{self._own}:profile:{{{user_id}}}"
 
     def item(self, item: int) -> str:
         """Hash of one item: record (JSON), text_version (16 hex digits), deleted (1, or empty),
@@ -259,7 +269,7 @@ class Keys:
     def waiting(self, item: int) -> str:
         """Set of user ids with events on an item whose text has not arrived; expires after
         WAITING_TTL_S."""
-        return f"{self.namespace}:waiting:{item:016x}"
+        return f"{self._own}:waiting:{item:016x}"
 
     def neighbours(self, item: int) -> str:
         """Hash of what shoppers did next to an item: fields tally, near, fence. Expires after
@@ -301,18 +311,42 @@ class Keys:
     def marks(self) -> str:
         """Hash of how far this Redis is: source (16 hex digits) -> next offset of which all
         below is saved; and older: 1 where offsets were committed before there were marks."""
-        return f"{self.namespace}:marks"
+        return f"{self._own}:marks"
 
-    def trail(self, writer: str) -> str:
+    def trail(self, writer: str, *, live: bool = False) -> str:
         """Hash of one writing process: thread -> number of its latest guarded write; expires
-        after TRAIL_TTL_S without one."""
-        return f"{self.namespace}:trail:{writer}"
+        after TRAIL_TTL_S without one. Where a generation stands behind the writer (hex digits) in
+        its name, nothing is written once another is live."""
+        name = f"{self.namespace}:trail:{writer}"
+        return f"{name}:{self.generation}" if live else name
+
+    def live(self) -> str:
+        """String: the number of the generation of profiles that is live; absent: 0. Of a later
+        generation N, the keys of profiles, waiting shoppers, marks and sweeps begin with
+        `NAMESPACE:gN:` in place of `NAMESPACE:`."""
+        return f"{self.namespace}:generation"
+
+    def generations(self) -> str:
+        """Hash of all generations there are: number -> building, ready, live, before (it was live)
+        or going (it is being removed); and last: the latest number that was given out."""
+        return f"{self.namespace}:generations"
+
+    def build(self) -> str:
+        """Hash of what a generation is made from: source, user (empty: all), rules (key of the
+        profile settings) and space; and refused (1) where it lacks what live profiles have. How far
+        it is stands in its marks."""
+        return f"{self._own}:build"
+
+    def build_turn(self) -> str:
+        """String: the process that makes a generation; expires after BUILD_TURN_S without a sign of
+        it."""
+        return f"{self.namespace}:build-turn"
 
     def sweep(self, space: str) -> str:
         """Hash of the migration of untouched profiles into one space: cursor (of SCAN, where to go
         on), seen and moved (profiles, so far), done (1 when none is left); expires after
         SWEEP_TTL_S."""
-        return f"{self.namespace}:sweep:{space}"
+        return f"{self._own}:sweep:{space}"
 
     def sweep_turn(self) -> str:
         """String: the worker whose turn it is to migrate untouched profiles; expires after
@@ -321,10 +355,14 @@ class Keys:
 
 
 # What a guarded script begins with. A write that comes twice finds its number there and is made
-# again.
+# again. The trail's name says which generation must be live, and where that is written.
 _GUARD: Final = """
 local trail, thread = KEYS[#KEYS], ARGV[#ARGV - 2]
 if thread ~= '' then
+  local namespace, generation = string.match(trail, '^(.+):trail:%x+:(%d+)$')
+  if generation and (redis.call('GET', namespace .. ':generation') or '0') ~= generation then
+    return redis.error_reply('RETIRED generation ' .. generation)
+  end
   local each = 0
   for least in string.gmatch(ARGV[#ARGV], '%d+') do
     if tonumber(redis.call('HGET', trail, each) or 0) < tonumber(least) then
@@ -421,12 +459,12 @@ SAVE_NEIGHBOURS_SCRIPT: Final = _fenced_save(TALLY, NEAR)
 FIRST_SCRIPT: Final = (
     _GUARD
     + """redis.call('EXPIRE', trail, TTL)
-if not redis.call('HGET', KEYS[1], 'older') then
+if not redis.call('HGET', KEYS[1], 'OLDER') then
   local older = ARGV[1] == '1' and redis.call('GET', KEYS[2])
-  redis.call('HSET', KEYS[1], 'older', older and '1' or '0')
+  redis.call('HSET', KEYS[1], 'OLDER', older and '1' or '0')
 end
 return {}
-""".replace("TTL", str(TRAIL_TTL_S))
+""".replace("TTL", str(TRAIL_TTL_S)).replace("OLDER", OLDER)
 )
 
 # KEYS: marks, then the trail. ARGV: sources (16 hex digits), then the guard's three. Reply: the
@@ -434,10 +472,10 @@ return {}
 CLAIM_SCRIPT: Final = (
     _GUARD
     + """redis.call('EXPIRE', trail, TTL)
-local out = { redis.call('HGET', KEYS[1], 'older') }
+local out = { redis.call('HGET', KEYS[1], 'OLDER') }
 for i = 1, #ARGV - 3 do out[i + 1] = redis.call('HGET', KEYS[1], ARGV[i]) end
 return out
-""".replace("TTL", str(TRAIL_TTL_S))
+""".replace("TTL", str(TRAIL_TTL_S)).replace("OLDER", OLDER)
 )
 
 # KEYS: marks, then the trail. ARGV: source and next offset by turns, then the guard's three. A mark
@@ -521,4 +559,25 @@ for i = 1, #KEYS do
   if redis.call('SRANDMEMBER', KEYS[i]) then awaited[#awaited + 1] = i end
 end
 return awaited
+"""
+
+# KEYS: the live generation, all generations. ARGV: the generation that is live (else nothing is
+# done), and the one to be. Reply: 1 if it is now.
+FLIP_SCRIPT: Final = """
+local live, wanted = ARGV[1], ARGV[2]
+local state = redis.call('HGET', KEYS[2], wanted)
+if (redis.call('GET', KEYS[1]) or '0') ~= live or (state ~= 'ready' and state ~= 'before') then
+  return 0
+end
+redis.call('SET', KEYS[1], wanted)
+redis.call('HSET', KEYS[2], live, 'before', wanted, 'live')
+return 1
+"""
+
+# KEYS: the live generation, all generations. ARGV: a generation, and the state it is to be in.
+# Reply: 0 where it is live, and stays so.
+STATE_SCRIPT: Final = """
+if (redis.call('GET', KEYS[1]) or '0') == ARGV[1] then return 0 end
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+return 1
 """

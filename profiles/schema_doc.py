@@ -74,6 +74,10 @@ def _keys() -> list[str]:
         ("trail", _EXAMPLE.trail("WRITER")),
         ("sweep", _EXAMPLE.sweep("SPACE")),
         ("sweep_turn", _EXAMPLE.sweep_turn()),
+        ("live", _EXAMPLE.live()),
+        ("generations", _EXAMPLE.generations()),
+        ("build", "penchant:gN:build"),
+        ("build_turn", _EXAMPLE.build_turn()),
     ]
     rows = [f"| `{key}` | {_words(getattr(schema.Keys, name))} |" for name, key in keys]
     return [
@@ -232,10 +236,12 @@ def _numbers() -> list[str]:
     ]
 
 
-_READER_COMMANDS: Final = "+hget +hmget +hgetall +scan +command|info +vsim +ping +client|setinfo"
+_READER_COMMANDS: Final = (
+    "+get +hget +hmget +hgetall +scan +command|info +vsim +ping +client|setinfo"
+)
 _WRITER_COMMANDS: Final = (
-    "+get +hget +hmget +hgetall +hset +hdel +expire +expireat +set +sadd +srem +srandmember +scan "
-    "+unlink "
+    "+get +hget +hmget +hgetall +hset +hsetnx +hincrby +hdel +expire +expireat +set +sadd +srem "
+    "+srandmember +scan +unlink "
     "+xadd +xread +xrevrange +evalsha +script|load +info +command|info +vadd +vrem "
     "+ping +client|setinfo"
 )
@@ -293,6 +299,8 @@ def _scripts() -> list[str]:
         "FIRST_SCRIPT",
         "CLAIM_SCRIPT",
         "ADVANCE_SCRIPT",
+        "FLIP_SCRIPT",
+        "STATE_SCRIPT",
     ):
         comment = re.search(rf"((?:^# .*\n)+){name}: Final", source, re.MULTILINE)
         words = " ".join(line[2:] for line in comment[1].splitlines()) if comment else ""

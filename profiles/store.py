@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Final
 
@@ -76,6 +75,7 @@ class ProfileStore:
         self._where = address(where) if where else "REDIS_URL"
         self._cache = ProfileCache(cached)
         self._marks = marks
+        self._held_kernel: tuple[int, Kernel] | None = None
 
     def load(self, user_ids: Sequence[str], *, anew: bool = False) -> Profiles:
         """The profiles of n users, no user twice; who has none gets an empty one. `anew`: as Redis
@@ -240,11 +240,17 @@ class ProfileStore:
         """One EVALSHA per call, in one round trip."""
         return run_script(self._client, script, calls, self._where)
 
-    @cached_property
+    @property
     def _kernel(self) -> Kernel:
-        from .kernel import Kernel  # numba takes a second to load, and only this needs it
+        """Of the generation that the keys are of now."""
+        held, generation = self._held_kernel, self._keys.generation
+        if held is None or held[0] != generation:
+            from .kernel import Kernel  # numba takes a second to load, and only this needs it
 
-        return Kernel(self._layout, self._keys, script_sha(schema.SAVE_SCRIPT), self._ttl_s, _CHUNK)
+            sha = script_sha(schema.SAVE_SCRIPT)
+            kernel = Kernel(self._layout, self._keys, sha, self._ttl_s, _CHUNK)
+            held = self._held_kernel = generation, kernel
+        return held[1]
 
     def _send(self, payload: memoryview, replies: int) -> list[list[int]]:
         """Commands as they are to go over the wire, and what each answers; it is `_run` for saves

@@ -92,7 +92,7 @@ class Trail:
 
     def _check(self) -> None:
         if self._lost is not None:
-            raise WritesLost(*self._lost.args)
+            raise type(self._lost)(*self._lost.args)
 
     @contextmanager
     def _remembering_loss(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -36,7 +37,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from profiles.arithmetic import FORGET
-from profiles.schema import TYPE_CODE, key_bytes
+from profiles.schema import TYPE_CODE, key64, key_bytes
 
 from . import events as ev
 from .errors import UserError
@@ -54,13 +55,22 @@ SCHEMA: Final = pa.schema(
         ("item", pa.string()),  # "" = none
         ("event", pa.uint64()),  # key of the event id, 0 = none
         ("rating", pa.float32()),  # NaN = none
-        ("price", pa.float32()),  # of one piece, NaN = unknown
+        ("price", pa.float64()),  # of one piece, NaN = unknown
         ("quantity", pa.int32()),
         ("text", pa.string()),  # of a search, a review, a message
         ("label", pa.string()),  # of a review, a message; "" = none
+        # What a profile or the catalogue needs beside that, and training does not; null in
+        # segments that are older than these columns.
+        ("currency", pa.string()),  # of the price; "" = the shop's own
+        ("title", pa.string()),  # of the item, as the event told it; "" = none
+        ("category", pa.list_(pa.string())),  # path, root first
+        ("brand", pa.string()),
     ],
     metadata={"penchant.archive": "1"},
 )
+
+LEARNED: Final = tuple(SCHEMA.names[: SCHEMA.names.index("currency")])
+"""The columns that training reads."""
 
 _ALL_DAY: Final = -1
 # A replay of years in minutes would leave thousands of files per flush, one for each hour.
@@ -76,6 +86,7 @@ _NAME: Final = re.compile(
     r"day=(\d{4}-\d\d-\d\d)/h(\d\d|xx)-([0-9a-f]{16})-p(\d{4,})-(\d{20})-(\d{20})\.parquet"
 )
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LEARNED: Final = pa.schema([SCHEMA.field(name) for name in LEARNED])
 
 
 @dataclass(frozen=True)
@@ -288,12 +299,15 @@ class Pending:
     next: int
     tables: list[pa.Table] = field(default_factory=list)
     forgets: dict[str, int] = field(default_factory=dict)  # user -> offset of the newest command
+    forget_events: dict[str, int] = field(default_factory=dict)  # user -> key of its event id
 
     def add(self, offsets: Sequence[int], batch: Sequence[ev.Event], next_offset: int) -> None:
         """Take m validated events with their offsets, and note commands to forget."""
         for offset, event in zip(offsets, batch, strict=True):
             if event.type == "forget":
                 self.forgets[event.user_id] = offset
+                key = key64(event.event_id) if event.event_id is not None else 0
+                self.forget_events[event.user_id] = key
         self.tables.append(columns(self.source, offsets, batch))
         self.next = next_offset
 
@@ -307,7 +321,6 @@ class Pending:
 def columns(source: int, offsets: Sequence[int], batch: Sequence[ev.Event]) -> pa.Table:
     """m events as a table of SCHEMA; a `forget` has the type FORGET."""
     none = float("nan")
-    code = {**TYPE_CODE, "forget": FORGET}
     # Asking a model for a field that it lacks costs more than all the rest.
     fields = [event.__dict__ for event in batch]
     ids = [f["event_id"] for f in fields]
@@ -318,21 +331,53 @@ def columns(source: int, offsets: Sequence[int], batch: Sequence[ev.Event]) -> p
         pa.array(np.array(offsets, np.int64)),
         pa.array(np.array([f["ts"] for f in fields], np.int64)),
         pa.array([f["user_id"] for f in fields], pa.string()),
-        pa.array(np.array([code[f["type"]] for f in fields], np.uint8)),
+        pa.array(np.array([_CODES[f["type"]] for f in fields], np.uint8)),
         pa.array([f.get("item_id", "") for f in fields], pa.string()),
         pa.array(np.frombuffer(keys, "<u8")),
         pa.array(np.array([f.get("rating", none) for f in fields], np.float32)),
-        pa.array(np.array(prices, np.float32)),
+        pa.array(np.array(prices, np.float64)),
         pa.array(np.array([f.get("quantity", 0) for f in fields], np.int32)),
         pa.array([f.get("text") or f.get("query", "") for f in fields], pa.string()),
         pa.array([f.get("label") or "" for f in fields], pa.string()),
+        pa.array([f.get("currency") or "" for f in fields], pa.string()),
+        pa.array([f.get("title") or "" for f in fields], pa.string()),
+        pa.array([f.get("category") or () for f in fields], pa.list_(pa.string())),
+        pa.array([f.get("brand") or "" for f in fields], pa.string()),
     ]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
+def events(table: pa.Table) -> list[ev.Event]:
+    """The events behind m rows of SCHEMA, as far as a profile needs them: without their ids, of
+    which rows have but the keys."""
+    return [_event(row) for row in table.to_pylist()]
+
+
+def _event(row: Mapping[str, Any]) -> ev.Event:
+    kind = _EVENT_OF[row["type"]]
+    told: dict[str, Any] = {"user_id": row["user"], "ts": row["t_ms"]}
+    if issubclass(kind, ev.ItemEvent):
+        told |= {name: row[name] or None for name in ("title", "brand", "currency")}
+        told |= {"item_id": row["item"], "category": tuple(row["category"] or ())}
+        told["price"] = None if math.isnan(row["price"]) else row["price"]
+    if kind is ev.Purchase:
+        told["quantity"] = row["quantity"]
+    elif kind is ev.Review:
+        told["rating"] = row["rating"]
+    elif kind is ev.Search:
+        told["query"] = row["text"]
+    elif kind is ev.Message:
+        told["text"] = row["text"]
+    return kind.model_construct(**told)
+
+
+_CODES: Final = {**TYPE_CODE, "forget": FORGET}
+_EVENT_OF: Final = {_CODES[kind.model_fields["type"].default]: kind for kind in ev.EVENT_MODELS}
+
+
 def archived(tables: Iterable[pa.Table]) -> Archived:
     """Columns for labelling, users and items as codes."""
-    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    table = pa.concat_tables([_LEARNED.empty_table(), *(t.select(LEARNED) for t in tables)])
     user = table["user"].combine_chunks().dictionary_encode()
     item = table["item"].combine_chunks().dictionary_encode()
     item_ids = item.dictionary.to_pylist()
@@ -367,6 +412,20 @@ def _without(table: pa.Table, source: int, forgets: dict[str, int]) -> pa.Table:
 
 
 # --- the archive
+
+
+def hashed(user: str) -> str:
+    """What a receipt says of who was forgotten."""
+    return hashlib.sha256(user.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Command:
+    """To forget a user, where it stood in the topic."""
+
+    source: int
+    offset: int
+    event: int  # key of its event id; 0: none, or not kept
 
 
 @dataclass(frozen=True)
@@ -435,12 +494,15 @@ class Archive:
             files[segment.name] = _parquet(table.slice(begin, end - begin))
         self._write(files)
         if pending.forgets:
-            self.forget(pending.source, pending.forgets)
+            self.forget(pending.source, pending.forgets, pending.forget_events)
         return len(table)
 
-    def forget(self, source: int, forgets: dict[str, int]) -> int:
+    def forget(
+        self, source: int, forgets: dict[str, int], events: Mapping[str, int] | None = None
+    ) -> int:
         """Erase users' rows that came before their commands (user -> offset in `source`), and
-        leave a receipt of each that names the user by a hash. Rows erased."""
+        leave a receipt of each that names the user by a hash. `events`: user -> key of the
+        command's event id. Rows erased."""
         removed: dict[str, int] = dict.fromkeys(forgets, 0)
         users = pa.array(list(forgets), pa.string())
         for segment in self.segments():
@@ -460,7 +522,7 @@ class Archive:
                 self.store.remove(segment.name)
         present = self.store.sizes()
         for user, offset in forgets.items():
-            name = hashlib.sha256(user.encode()).hexdigest()
+            name = hashed(user)
             path = f"receipts/{name[:16]}-{source:016x}-{offset:020d}.json"
             # A repeat after a crash finds fewer rows, perhaps none: the first receipt stands.
             if removed[user] or path not in present:
@@ -468,6 +530,7 @@ class Archive:
                     "user_sha256": name,
                     "source": f"{source:016x}",
                     "offset": offset,
+                    "event": f"{(events or {}).get(user, 0):016x}",
                     "rows": removed[user],
                 }
                 self._write({path: json.dumps(receipt).encode()})
@@ -538,6 +601,19 @@ class Archive:
             ) from error
 
     # --- reading
+
+    def forgotten(self) -> dict[str, list[Command]]:
+        """Hash of a user (see `hashed`) -> commands to forget them that were carried out."""
+        found: dict[str, list[Command]] = defaultdict(list)
+        for name in self.store.sizes():
+            if name.startswith("receipts/"):
+                with suppress(FileNotFoundError), self.store.read(name) as file:
+                    told = json.loads(file.read())
+                    command = Command(
+                        int(told["source"], 16), told["offset"], int(told.get("event", "0"), 16)
+                    )
+                    found[told["user_sha256"]].append(command)
+        return dict(found)
 
     def read(
         self, start_ms: int = 0, end_ms: int = ev.MAX_TS_MS + 1, chunk_rows: int = _CHUNK_ROWS
@@ -634,15 +710,19 @@ class Archive:
 
 
 def _complete(table: pa.Table) -> pa.Table:
-    """A segment with the columns that it is too old to have: nothing was given there."""
+    """A segment in today's columns: no label was given where it is too old to have any, and what
+    else it lacks is null."""
     if "label" not in table.column_names:
         table = table.append_column("label", pa.array([""] * len(table), pa.string()))
-    return table
+    for column in SCHEMA:
+        if column.name not in table.column_names:
+            table = table.append_column(column, pa.nulls(len(table), column.type))
+    return table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def _parquet(table: pa.Table) -> Any:
     sink = pa.BufferOutputStream()
-    dictionaries = ["user", "item", "source", "type", "label"]
+    dictionaries = ["user", "item", "source", "type", "label", "currency", "title", "brand"]
     pq.write_table(table, sink, compression="zstd", use_dictionary=dictionaries)
     return sink.getvalue()
 

@@ -26,6 +26,7 @@ from rich.table import Column, Table
 from .errors import UserError
 from .eval_cli import evaluate
 from .feeding_cli import produce, replay, simulate
+from .rebuild_cli import diff, generations_app, rebuild, snapshot_app
 from .releases_cli import releases_app
 from .settings import Settings
 from .terminal import console, errors, load_settings, plain, progress
@@ -54,12 +55,14 @@ for name, group in (
     ("topics", topics_app),
     ("releases", releases_app),
     ("profile", profile_app),
+    ("generations", generations_app),
+    ("snapshot", snapshot_app),
     ("dlq", dlq_app),
     ("archive", archive_app),
     ("schema", schema_app),
 ):
     app.add_typer(group, name=name)
-for command in (produce, replay, simulate):
+for command in (produce, replay, simulate, rebuild, diff):
     app.command()(command)
 app.command("eval")(evaluate)
 

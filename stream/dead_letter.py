@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from confluent_kafka import (
     Consumer,
@@ -37,6 +37,25 @@ _MESSAGE_MAX_BYTES: Final = 200_000_000
 _CUT_VALUE_BYTES: Final = 64 * 1024
 _CUT_KEY_BYTES: Final = 1024
 _OWN_HEADERS: Final = ("reason", "detail", "topic", "partition", "offset", "timestamp")
+
+
+class Rejects(Protocol):
+    """Where records go that are no events."""
+
+    def put(
+        self,
+        *,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers | None,
+        topic: str,
+        partition: int,
+        offset: int,
+        timestamp_ms: int,
+        reason: str,
+        detail: str,
+    ) -> None: ...
+    def flush(self, timeout_s: float = 30.0) -> None: ...
 
 
 class DeadLetters:

@@ -229,13 +229,15 @@ class Intake(Service):  # type: ignore[misc]
             self.last_progress_s = time.monotonic()
             self._changed.notify_all()
 
-    def rewind(self) -> None:
-        """Redis lost writes: drop what waits, and read all partitions again from their marks. What
-        was begun must be over, and `done` without its slices. Any thread."""
-        metrics.REDIS_WENT_BACK.inc()
+    def rewind(self, *, lost: bool = True) -> None:
+        """Redis lost writes, or else other profiles are live: drop what waits, and read all
+        partitions again from their marks. What was begun must be over, and `done` without its
+        slices. Any thread."""
+        if lost:
+            metrics.REDIS_WENT_BACK.inc()
         with self._changed:
             self._halted = self._rewinding = True
-            self._finished |= self._tracker.positions()
+            self._finished = self._finished | self._tracker.positions() if lost else {}
             self._tracker.forget(set(self._epochs))
             self._changed.notify_all()
 
@@ -599,9 +601,9 @@ class Intake(Service):  # type: ignore[misc]
             if mark < offset:
                 metrics.READ_AGAIN.inc(offset - mark)
                 log.error(
-                    "Redis went back behind what it had acknowledged: %s[%d] is read again from "
-                    "%d on, %d records; profiles come out right. Look at its failover and at its "
-                    "append-only file",
+                    "Redis is behind what it had acknowledged: %s[%d] is read again from %d on, %d "
+                    "records; profiles come out right. Unless profiles were flipped, look at its "
+                    "failover and at its append-only file",
                     topic, partition, mark, offset - mark,
                 )  # fmt: skip
 
@@ -687,7 +689,7 @@ class Intake(Service):  # type: ignore[misc]
                     metrics.RECORDS_EXPIRED.inc(low - offset)
                     log.error(
                         "%s[%d]: %d records were deleted by retention before they were saved; "
-                        "raise the topic's retention.ms, and rebuild profiles from an archive",
+                        "raise the topic's retention.ms, and run `penchant rebuild --from archive`",
                         topic, partition, low - offset,
                     )  # fmt: skip
         except kafka.KafkaException as error:

@@ -78,6 +78,12 @@ RECORDS_EXPIRED: Final = Counter(
 REDIS_RETRIES: Final = Counter(
     "penchant_redis_retries", "Micro-batches tried again because Redis failed", registry=REGISTRY
 )
+GENERATION: Final = Gauge(
+    "penchant_generation",
+    "The generation of profiles that this worker writes. Another than other workers' for more than "
+    "seconds: it hangs",
+    registry=REGISTRY,
+)
 REDIS_WENT_BACK: Final = Counter(
     "penchant_redis_went_back",
     "Times that Redis lacked what it had acknowledged to this worker, or to the one before: a "

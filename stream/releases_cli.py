@@ -171,7 +171,9 @@ def _sweep(releases_dir: Path) -> dict[str, Any] | None:
     Redis cannot be asked."""
     from model.errors import ModelError
     from model.releases import current_name, peek
+    from profiles.connection import redis_errors
     from profiles.errors import ProfilesError
+    from profiles.generations import follow
     from profiles.schema import Keys
 
     from .sweeper import progress
@@ -180,7 +182,10 @@ def _sweep(releases_dir: Path) -> dict[str, Any] | None:
     try:
         space = peek(releases_dir / current_name(releases_dir)).space
         with closing(settings.redis.connection().open()) as client:
-            found = progress(client, Keys(settings.namespace), space)
+            keys = Keys(settings.namespace)
+            with redis_errors(settings.redis.url):
+                follow(client, keys)
+            found = progress(client, keys, space)
     except (ModelError, ProfilesError):
         return None
     return None if found is None else {"space": space, **asdict(found)}

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _PAGE: Final = 256  # profiles in memory at a time, and saved by one script
 _RETRY_S: Final = 2.0
+_LOOK_S: Final = 5.0  # for another generation of profiles, which may have some to move
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,12 @@ class Sweeper:
             self._thread.join(wait_s)
 
     def _run(self) -> None:
+        generation = self._keys.generation
         while not self._ended.is_set():
-            self._wanted.wait()
+            if not self._wanted.wait(_LOOK_S) and generation == self._keys.generation:
+                continue
             self._wanted.clear()
+            generation = self._keys.generation
             try:
                 while not self._ended.is_set() and not self.sweep():
                     self._ended.wait(_RETRY_S)
@@ -131,9 +135,11 @@ class Sweeper:
         if self._items.current_space() != space or not self._my_turn():
             return False
         cursor, seen, moved = (int(stored.get(name, 0)) for name in (b"cursor", b"seen", b"moved"))
-        pass_moved, from_start = 0, cursor == 0
+        pass_moved, from_start, generation = 0, cursor == 0, self._keys.generation
         while not self._ended.is_set():
             if self._catalogue() is not catalogue or not self._my_turn():
+                return False
+            if self._keys.generation != generation:
                 return False
             cursor, users = self._page(cursor)
             began_s = time.monotonic()

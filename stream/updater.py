@@ -36,7 +36,7 @@ from . import events as ev
 from . import forwarding, metrics
 from .catalogue import Catalogue, categories_of
 from .contributions import Columns, add_columns
-from .dead_letter import DeadLetters, RejectWindow
+from .dead_letter import Rejects, RejectWindow
 from .errors import UserError
 from .forwarding import Forwarder, origin_of
 from .intake import MicroBatch, Slice
@@ -138,7 +138,7 @@ class Updater:
         catalogue: Catalogue,
         profiles: ProfileStore,
         items: ItemStore,
-        dead_letters: DeadLetters,
+        dead_letters: Rejects,
         migrator: Migrator,
         *,
         layout: Layout,
@@ -405,12 +405,16 @@ class Updater:
                 self._epoch = prepared.epoch
             self._in_parts(prepared)
             self.foretell(prepared.users, catalogue)
-            for item in prepared.arrived_items:
-                self._items.resolve_waiting(item, lambda users: self._resolve(users, catalogue))
+            self.serve(prepared.arrived_items, catalogue)
         self._report(prepared)
         self._apply_s += time.monotonic() - began_s
         if prepared.oldest_ms:
             metrics.FRESHNESS_S.observe(max(0.0, self._clock() - prepared.oldest_ms / 1000))
+
+    def serve(self, items: Sequence[int], catalogue: Catalogue) -> None:
+        """Fold the events that waited for these items' texts. Raises as `apply`."""
+        for item in items:
+            self._items.resolve_waiting(item, lambda users: self.resolve(users, catalogue))
 
     def _in_parts(self, prepared: Prepared) -> None:
         """All of it, for parts of the users at the same time where there are many."""
@@ -540,8 +544,9 @@ class Updater:
                     split,
                 )
 
-    def _resolve(self, users: list[str], catalogue: Catalogue) -> None:
-        """Fold what these users' pending events can now contribute."""
+    def resolve(self, users: list[str], catalogue: Catalogue) -> None:
+        """Fold what these users' pending events can now contribute, and see that the rest is waited
+        for. Raises as `apply`."""
         self._rounds(_Work(users, catalogue))
         self.foretell(users, catalogue)
 
@@ -577,7 +582,7 @@ class Updater:
         self._items.wait_for({users[row]: items for row, items in waiting.items()})
         keys = sorted({item for items in waiting.values() for item in items})
         if catalogue.resolve(keys, {}).found.any():
-            self._resolve([users[row] for row in waiting], catalogue)
+            self.resolve([users[row] for row in waiting], catalogue)
 
 
 def _all_of(prepared: Prepared) -> _Work:

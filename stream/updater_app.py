@@ -27,7 +27,7 @@ from model.engine import Engine
 from model.releases import load_current
 from profiles.arithmetic import Layout
 from profiles.connection import address, refuse_cluster
-from profiles.errors import RedisUnavailable, WritesLost
+from profiles.errors import GenerationRetired, RedisUnavailable, WritesLost
 from profiles.items import ItemStore
 from profiles.marks import Marks
 from profiles.schema import Keys
@@ -36,7 +36,7 @@ from profiles.store import ProfileStore
 from . import forwarding, metrics
 from .catalogue import Catalogue
 from .contributions import event_weights
-from .dead_letter import DeadLetters
+from .dead_letter import DeadLetters, Rejects
 from .errors import UserError
 from .forwarding import Forwarder
 from .intake import Intake, MicroBatch
@@ -93,10 +93,25 @@ def profile_layout(settings: Settings, dimensions: int) -> Layout:
     )
 
 
+def build_engine(settings: Settings) -> Engine:
+    """Of the live release. Raises ModelError."""
+    model = settings.model
+    return Engine(
+        load_current(model.releases),
+        device=model.device,
+        dtype=model.dtype,
+        batch_tokens=model.batch_tokens,
+        threads=model.threads or max(1, (os.cpu_count() or 2) - 1),
+        item_rows=model.item_rows,
+    )
+
+
 def build_marks(settings: Settings) -> Marks:
-    """Of this process' saves, on a connection of their own. Before anything is written."""
+    """Of this process' saves in the live generation of profiles, on a connection of their own.
+    Before anything is written."""
     client, keys = settings.redis.connection().open(), Keys(settings.namespace)
-    marks = Marks(client, keys, settings.redis.url)
+    marks = Marks(client, keys, settings.redis.url, follows=True)
+    metrics.GENERATION.set(keys.generation)
     marks.first(may_be_older=True)
     return marks
 
@@ -105,9 +120,32 @@ def build_updater(
     settings: Settings, engine: Engine, partitions: int, marks: Marks | None = None
 ) -> Updater:
     """An updater on real stores. `partitions`: of the events topic; `marks`: of what it saves."""
+    return updater_on(
+        settings,
+        engine,
+        marks,
+        marks.keys if marks is not None else Keys(settings.namespace),
+        DeadLetters(settings),
+        forwarder=Forwarder(settings, partitions) if settings.stream.repartition else None,
+        pairs=(
+            PairSender(settings, pairs_partitions(settings)) if settings.learn.neighbours else None
+        ),
+    )
+
+
+def updater_on(
+    settings: Settings,
+    engine: Engine,
+    marks: Marks | None,
+    keys: Keys,
+    rejects: Rejects,
+    *,
+    forwarder: Forwarder | None = None,
+    pairs: PairSender | None = None,
+) -> Updater:
+    """One that folds into the profiles behind `keys`, and puts what is no event into `rejects`."""
     client = settings.redis.connection().open()
     refuse_cluster(client, address(settings.redis.url))
-    keys = Keys(settings.namespace)
     try:
         layout = profile_layout(settings, engine.dimensions)
         weights = event_weights(settings.profile.weights)
@@ -130,14 +168,12 @@ def build_updater(
         catalogue,
         store,
         items,
-        DeadLetters(settings),
+        rejects,
         Migrator(settings.model.releases, items, layout),
         layout=layout,
         weights=weights,
-        forwarder=Forwarder(settings, partitions) if settings.stream.repartition else None,
-        pairs=(
-            PairSender(settings, pairs_partitions(settings)) if settings.learn.neighbours else None
-        ),
+        forwarder=forwarder,
+        pairs=pairs,
     )
     try:
         open_space(items, catalogue)
@@ -151,10 +187,13 @@ def build_updater(
 def _begin_anew(settings: Settings, updater: Updater, marks: Marks, lost: WritesLost) -> None:
     """Drop what is remembered, and rely on nothing that was written before. Raises
     RedisUnavailable."""
-    log.error("%s: what is remembered is dropped, and read again", lost)
+    flipped = isinstance(lost, GenerationRetired)
+    level = logging.WARNING if flipped else logging.ERROR
+    log.log(level, "%s: what is remembered is dropped, and read again", lost)
     try:
         updater.forget()
         marks.begin_anew()
+        metrics.GENERATION.set(marks.keys.generation)
         # Before the space: where a namespace without this has one, a worker that starts takes
         # committed offsets for saved.
         marks.first(may_be_older=False)
@@ -177,9 +216,9 @@ def _warm_up(updater: Updater) -> None:
 
 def build_swapper(settings: Settings, updater: Updater) -> Swapper:
     """What puts new releases into this updater. It sweeps with a store of its own."""
-    client = settings.redis.connection().open()
-    store = _own_store(settings, updater.layout, client)
-    return Swapper(settings, updater, client, Keys(settings.namespace), store, updater.items)
+    client, keys = settings.redis.connection().open(), updater.items.keys
+    store = _own_store(settings, updater.layout, client, keys)
+    return Swapper(settings, updater, client, keys, store, updater.items)
 
 
 def build_outlooks(
@@ -188,7 +227,9 @@ def build_outlooks(
     """What foretells beside this updater, on a store of its own."""
     return Outlooks(
         updater.outlooks,
-        _own_store(settings, updater.layout, settings.redis.connection().open()),
+        _own_store(
+            settings, updater.layout, settings.redis.connection().open(), updater.items.keys
+        ),
         lambda: updater.catalogue,
         lambda: updater.apply_s,
         failed,
@@ -196,11 +237,12 @@ def build_outlooks(
     )
 
 
-def _own_store(settings: Settings, layout: Layout, client: redis.Redis) -> ProfileStore:
-    """Beside the updater's: another writer, that remembers nothing."""
+def _own_store(settings: Settings, layout: Layout, client: redis.Redis, keys: Keys) -> ProfileStore:
+    """Beside the updater's: another writer, that remembers nothing. `keys` are the updater's, and
+    lead wherever it goes."""
     return ProfileStore(
         client,
-        Keys(settings.namespace),
+        keys,
         layout,
         ttl_s=settings.profile.ttl_days * 86_400,
         writer=secrets.randbits(64),
@@ -266,11 +308,12 @@ class Pipeline:
                 raise prepared
             await self._call(self._apply, self._applied, (begun, prepared))
         except WritesLost as lost:
+            before = self._marks.keys.generation
             # On the thread that prepares: behind what it has in hand, which goes back to before.
             anew = partial(_begin_anew, self._settings, self._updater, self._marks, lost)
             await self._call(self._prepare, self._patience, anew)
             self._rewinds += 1
-            intake.rewind()
+            intake.rewind(lost=before == self._marks.keys.generation)
             begun = _NOTHING
         intake.done(begun)
 
@@ -350,15 +393,7 @@ class Worker:
         """Load the release and connect. Raises UserError and the errors of model and profiles."""
         self._settings = settings
         topics, partitions = find_topics(settings)
-        model = settings.model
-        engine = Engine(
-            load_current(model.releases),
-            device=model.device,
-            dtype=model.dtype,
-            batch_tokens=model.batch_tokens,
-            threads=model.threads or max(1, (os.cpu_count() or 2) - 1),
-            item_rows=model.item_rows,
-        )
+        engine = build_engine(settings)
         patience = Patience(settings.redis.patience_s)
         marks = patience(lambda: build_marks(settings))
         updater = patience(lambda: build_updater(settings, engine, partitions, marks))

@@ -20,6 +20,7 @@ from model.encoder import TextEncoder
 from model.releases import Release
 from model.text import item_text
 from profiles import Profile, arithmetic
+from profiles.generations import follow
 from profiles.schema import FENCE, STATE, Keys, key64, source_key
 from stream.datasets import load
 from stream.events import Event, Forget, Item, ItemEvent, Message, Purchase, Search
@@ -179,6 +180,7 @@ def read_back(settings: Settings, name: str) -> list[Stored]:
         left = {}
         for place in places:
             low, high = consumer.get_watermark_offsets(place, timeout=10)
+            place.offset = low
             if high > low:
                 left[place.partition] = high
         consumer.assign([place for place in places if place.partition in left])
@@ -281,9 +283,14 @@ class _Vectors:
         return self._known[(text, kind)]
 
 
-def stored_profiles(client: redis.Redis, namespace: str) -> dict[str, Profile]:
-    """Every profile of a namespace, those of erased users too."""
-    prefix, suffix = (part.encode() for part in Keys(namespace).profile("\0").split("\0"))
+def stored_profiles(
+    client: redis.Redis, namespace: str, generation: int | None = None
+) -> dict[str, Profile]:
+    """Every profile of a generation, or of the live one, those of erased users too."""
+    keys = Keys(namespace, generation or 0)
+    if generation is None:
+        follow(client, keys)
+    prefix, suffix = (part.encode() for part in keys.profile("\0").split("\0"))
     found = {}
     for key in client.scan_iter(match=prefix.replace(b"[", b"\\[") + b"*", count=1000):
         user_id = key.removeprefix(prefix).removesuffix(suffix).decode()

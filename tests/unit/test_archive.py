@@ -16,11 +16,23 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from profiles.schema import EVENT_TYPES
+from profiles.schema import EVENT_TYPES, key64
 from stream import events as ev
-from stream.archive import Archive, Folder, Segment, archived, open_store, parse_name
+from stream.archive import (
+    Archive,
+    Command,
+    Folder,
+    Pending,
+    Segment,
+    archived,
+    hashed,
+    open_store,
+    parse_name,
+)
+from stream.archive import events as events_of
 from stream.cli import app
 from stream.contributions import DEFAULT_WEIGHTS
+from stream.contributions import columns as contributions
 from stream.errors import UserError
 from stream.labelling import Rules, label
 from stream.times import DAY_MS, HOUR_MS
@@ -463,3 +475,57 @@ def test_archive_stats_answers_people_and_programs(
     )
     answer = json.loads(ask(app, ["archive", "stats", "--json"]).output)
     assert (answer["rows"], answer["segments"]) == (N, 4)
+
+
+def test_rows_are_events_again_but_for_their_ids(archive: Archive) -> None:
+    shopper = {"user_id": "ann", "ts": T0_MS}
+    item = {"item_id": "i", "title": "Lamp", "category": ("Home", "Lamps"), "brand": "Lux"}
+    told: list[ev.Event] = [
+        ev.Purchase(**shopper, **item, price=0.1, quantity=3, currency="EUR"),
+        ev.Purchase(**shopper, item_id="j", quantity=2),
+        ev.Review(**shopper, item_id="i", rating=2.5),
+        ev.Impression(**shopper, item_id="i"),
+        ev.AddToCart(**shopper, item_id="i", price=1e-3),
+        ev.Search(**shopper, query="red lamp"),
+        ev.Message(**shopper, text="It broke."),
+    ]
+    write(archive, told, 0, len(told))
+    (table,) = archive.read()
+    assert events_of(table) == told
+    columns = ("row", "t_ms", "type", "weight", "item_id", "text", "spend", "foreign", "inline")
+    one, other = (
+        contributions(batch, DEFAULT_WEIGHTS, "USD") for batch in (told, events_of(table))
+    )
+    assert [getattr(one, name) for name in columns] == [getattr(other, name) for name in columns]
+
+
+def test_what_older_segments_do_not_tell_is_not_taken_for_none(archive: Archive) -> None:
+    bought = ev.Purchase(user_id="ann", ts=T0_MS, item_id="i", price=2.0)
+    write(archive, [bought] * 2, 0, 1)
+    for segment in archive.segments():
+        with archive.store.read(segment.name) as file:
+            old = pq.read_table(file).drop_columns(["currency", "title", "category", "brand"])
+        price = old["price"].cast(pa.float32())
+        old = old.set_column(old.column_names.index("price"), "price", price)
+        sink = pa.BufferOutputStream()
+        pq.write_table(old, sink)
+        archive.store.write({segment.name: sink.getvalue()})
+    write(archive, [bought] * 2, 1, 2)
+    (table,) = archive.read()
+    assert table["currency"].to_pylist() == [None, ""]
+    assert table["price"].to_pylist() == [2.0, 2.0]
+
+
+def test_receipts_tell_which_command_was_carried_out(archive: Archive) -> None:
+    pending = Pending(7, 0, 0, 0)
+    told: list[ev.Event] = [
+        ev.View(user_id="ann", ts=T0_MS, item_id="i"),
+        ev.Forget(user_id="ann", ts=T0_MS, event_id="f"),
+        ev.Forget(user_id="ben", ts=T0_MS),
+    ]
+    pending.add([0, 1, 2], told, 3)
+    archive.write(pending)
+    assert archive.forgotten() == {
+        hashed("ann"): [Command(7, 1, key64("f"))],
+        hashed("ben"): [Command(7, 2, 0)],
+    }
