@@ -8,8 +8,6 @@ learns while events go by see `whole_profile.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -18,10 +16,9 @@ from . import ranker, trainer
 from .evaluate import Floats, Ints
 from .leave_one_out import split
 from .prequential import Events
-from .profile_signals import ProfileSignals
+from .profile_signals import ProfileSignals, Shop
 from .ranker import Cases
-from .trainer import Base, Catalogue, TrainSettings
-from .windows import Labelled
+from .trainer import TrainSettings
 
 _CASES: Final = 6_000
 _AT_ONCE: Final = 64  # users whose whole catalogue is read before it is thinned
@@ -30,20 +27,8 @@ _AT_ONCE: Final = 64  # users whose whole catalogue is read before it is thinned
 class FittedOnce:
     """It can be told a history once, and then be asked; see `Scorer`."""
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        base: Base,
-        types: tuple[str, ...],
-        n_users: int,
-        label: Callable[[Events], Labelled],
-        folder: Path,
-        settings: TrainSettings,
-    ) -> None:
-        """`label`: events -> windows. Trainings leave their files in `folder`."""
-        self._catalogue, self._base, self._types = catalogue, base, types
-        self._n_users, self._label = n_users, label
-        self._folder, self._settings = folder, settings
+    def __init__(self, shop: Shop, settings: TrainSettings) -> None:
+        self._shop, self._settings = shop, settings
         self.weights = ranker.first_weights()
         self._signals = self._no_signals()
 
@@ -58,7 +43,7 @@ class FittedOnce:
         """The last item of some users, as signals that know what came before it."""
         part = split(events)
         signals = self._trained(part.history, "validation")
-        n_items, seed = len(self._catalogue.item_ids), self._settings.seed
+        n_items, seed = len(self._shop.catalogue.item_ids), self._settings.seed
         chosen = np.random.default_rng(seed).permutation(len(part.user))[:_CASES]
         thin = []
         for first in range(0, len(chosen), _AT_ONCE):
@@ -74,17 +59,15 @@ class FittedOnce:
         signals = self._no_signals()
         signals.update(events)
         candidate = trainer.train(
-            self._label(events),
-            self._catalogue,
-            self._base,
-            self._types,
-            self._folder / name,
+            self._shop.label(events),
+            self._shop.catalogue,
+            self._shop.base,
+            self._shop.types,
+            self._shop.folder / name,
             self._settings,
         )
         signals.swap(candidate, events)
         return signals
 
     def _no_signals(self) -> ProfileSignals:
-        shop = self._catalogue
-        vectors, window = self._base.vectors(shop), self._settings.events
-        return ProfileSignals(self._n_users, shop.item_ids, vectors, window, fading=False)
+        return self._shop.signals(self._settings.events, fading=False)

@@ -14,7 +14,7 @@ import torch
 
 from .heads import HEADS_FILE, Heads
 from .releases import Release
-from .window_encoder import WINDOW, WindowEncoder, interests
+from .window_encoder import WINDOW, WindowEncoder
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -62,11 +62,11 @@ class Foreteller:
         )
 
     def __call__(self, vectors: Floats, types: Bytes, t_ms: Ints, lengths: Ints) -> Foretold:
-        """After the last event of each of n windows; arguments as of `WindowEncoder.hidden`.
+        """After the last event of each of n windows; arguments as of `WindowEncoder.encode`.
 
         `returns` is told as `churn`, which is its opposite and what shops ask for."""
-        hidden = self._window.hidden(vectors, types, t_ms, lengths)
+        next_interest = self._window.encode(vectors, types, t_ms, lengths)
         heads = self._heads.read(types, t_ms, lengths, self.events)
         if "returns" in heads:
             heads["churn"] = 1 - heads.pop("returns")
-        return Foretold(interests(hidden), heads)
+        return Foretold(next_interest, heads)

@@ -7,7 +7,9 @@ anything is trained. For what readers compute from Redis see `profiles/ranking.p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -27,6 +29,8 @@ from .candidate import Candidate
 from .evaluate import Floats, Int32s, Ints
 from .prequential import NO_ITEM, Events
 from .ranker import ITEM
+from .trainer import Base, Catalogue
+from .windows import Labelled
 
 _HALF_LIFE_MS: Final = 30 * DAY_MS  # of counts and pairs
 _RECENT_MS: Final = 3 * DAY_MS  # of recent counts
@@ -34,6 +38,25 @@ _STEP: Final = 0.7  # what each instant counts of the next, in the text signal
 
 Read = tuple[Floats, Floats, Floats]
 """Signals (n, N, 4), items (n, N, 3), shoppers (n, 3); see `ranker.Cases`."""
+
+
+@dataclass(frozen=True)
+class Shop:
+    """What is known of a shop before its first event, and where it leaves what it learns."""
+
+    catalogue: Catalogue
+    base: Base
+    types: tuple[str, ...]
+    n_users: int
+    label: Callable[[Events], Labelled]
+    """Events told so far -> windows."""
+    folder: Path
+    """A training leaves its files in a folder of its own below."""
+
+    def signals(self, window_events: int, *, fading: bool = True) -> ProfileSignals:
+        """As they are before the first event."""
+        ids, vectors = self.catalogue.item_ids, self.base.vectors(self.catalogue)
+        return ProfileSignals(self.n_users, ids, vectors, window_events, fading=fading)
 
 
 class ProfileSignals:

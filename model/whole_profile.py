@@ -9,9 +9,7 @@ release.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -21,9 +19,9 @@ from .baselines import DAY_MS, HALF_LIVES_MS, baskets
 from .comparison import Contender, compare
 from .evaluate import Floats, Ints
 from .prequential import NO_ITEM, Events
-from .profile_signals import ProfileSignals, Read
+from .profile_signals import Read, Shop
 from .ranker import Cases, Weights
-from .trainer import Base, Candidate, Catalogue, TrainSettings
+from .trainer import Candidate, TrainSettings
 from .transition import fit_transition
 from .windows import Labelled
 
@@ -74,24 +72,10 @@ class Foretold:
 class WholeProfile:
     """What a shop's recommender would rank by; see `Scorer`."""
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        base: Base,
-        types: tuple[str, ...],
-        n_users: int,
-        label: Callable[[Events], Labelled],
-        folder: Path,
-        schedule: Schedule,
-        settings: TrainSettings,
-    ) -> None:
-        """`label`: events told so far -> windows. A training leaves its files in `folder`."""
-        self._catalogue, self._base, self._types = catalogue, base, types
-        self._label, self._folder = label, folder
-        self._schedule, self._settings = schedule, settings
-        self._signals = ProfileSignals(
-            n_users, catalogue.item_ids, base.vectors(catalogue), settings.events
-        )
+    def __init__(self, shop: Shop, schedule: Schedule, settings: TrainSettings) -> None:
+        self._shop, self._schedule, self._settings = shop, schedule, settings
+        self._base = shop.base
+        self._signals = shop.signals(settings.events)
         self._weights = ranker.first_weights()
         self._cases: deque[Cases] = deque(maxlen=_CASES)
         self._rankings = self._fits = 0
@@ -171,17 +155,17 @@ class WholeProfile:
     def _train(self, now_ms: int) -> None:
         events = _concatenated(self._told)
         self._told = [events]
-        whole = self._label(events)
+        whole = self._shop.label(events)
         newest = whole.t_ms >= now_ms - self._schedule.newest_ms
         first = self._candidate is None
         windows = whole.take_events(newest)
         number = len(self.trainings)
         candidate = trainer.train(
             windows,
-            self._catalogue,
+            self._shop.catalogue,
             replace(self._base, earlier=self._candidate),
-            self._types,
-            self._folder / f"{number:03}",
+            self._shop.types,
+            self._shop.folder / f"{number:03}",
             replace(
                 self._settings,
                 epochs=self._schedule.first_epochs if first else self._schedule.epochs,

@@ -96,8 +96,8 @@ class WindowEncoder(nn.Module):
         return hidden
 
     @torch.inference_mode()
-    def hidden(self, vectors: Floats, types: Bytes, t_ms: Ints, lengths: Ints) -> Floats:
-        """The state (n, D) after each window's last event, on which the heads stand.
+    def encode(self, vectors: Floats, types: Bytes, t_ms: Ints, lengths: Ints) -> Floats:
+        """Next-interest vectors, unit rows (n, D), float32: states after windows' last events.
 
         `vectors` (n, N, D), `types` and `t_ms` (n, N), oldest first; `lengths` (n,) is the
         number of events, 1 to N, and what lies beyond it is not read. Raises ValueError.
@@ -122,12 +122,8 @@ class WindowEncoder(nn.Module):
             last = torch.from_numpy(lengths[rows] - 1).to(device)
             # Of the last layer only one position is asked for: a sixth of its work.
             x = self.last_norm(final.at(x, last))
-            out[rows] = x.float().cpu().numpy()
+            out[rows] = normalize(x.float(), eps=1e-12).cpu().numpy()
         return out
-
-    def encode(self, vectors: Floats, types: Bytes, t_ms: Ints, lengths: Ints) -> Floats:
-        """Next-interest vectors, unit rows (n, D), float32; arguments as of `hidden`."""
-        return interests(self.hidden(vectors, types, t_ms, lengths))
 
     def save(self, path: Path) -> None:
         """One safetensors file, its shape in the header."""
@@ -170,12 +166,6 @@ class WindowEncoder(nn.Module):
             raise ValueError(
                 f"lengths: expected 1 to {vectors.shape[1]}, got {lengths.min()} to {lengths.max()}"
             )
-
-
-def interests(hidden: Floats) -> Floats:
-    """States (n, D), as `WindowEncoder.hidden` gives them, to next-interest vectors."""
-    norms = np.linalg.norm(hidden, axis=1, keepdims=True)
-    return np.asarray(hidden / np.maximum(norms, 1e-12), dtype=np.float32)
 
 
 def gap_buckets(t_ms: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from .times import DAY_MS
 
 if TYPE_CHECKING:
     from model.fitted_once import FittedOnce
+    from model.profile_signals import Shop
     from model.whole_profile import WholeProfile
 
 Progress = Callable[[int, int], None]
@@ -224,16 +225,11 @@ def whole_profile(
     """The whole profile, trained every four weeks of event time until its encoder was swapped
     `swaps` times and its ranker fitted `fits` times; it leaves its weights in `folder`. For sets
     with real times."""
-    from model.trainer import Base, Catalogue, TrainSettings
+    from model.trainer import TrainSettings
     from model.whole_profile import Schedule, WholeProfile
 
     return WholeProfile(
-        Catalogue(data.item_ids, texts.features),
-        Base(texts.projection),
-        data.type_names,
-        len(data.user_ids),
-        lambda events: windows_of(data, events),
-        folder,
+        _shop(data, texts, folder),
         Schedule(
             swaps=swaps,
             fits=fits,
@@ -246,17 +242,26 @@ def whole_profile(
 def fitted_once(data: Recorded, texts: Encoded, folder: Path) -> FittedOnce:
     """The whole profile for sets of which only the order is real."""
     from model.fitted_once import FittedOnce
-    from model.trainer import Base, Catalogue, TrainSettings
+    from model.trainer import TrainSettings
 
     return FittedOnce(
+        _shop(data, texts, folder),
+        # Everything is for training: nobody may look at the items that are left out.
+        TrainSettings(epochs=14, newest_share=0.0),
+    )
+
+
+def _shop(data: Recorded, texts: Encoded, folder: Path) -> Shop:
+    from model.profile_signals import Shop
+    from model.trainer import Base, Catalogue
+
+    return Shop(
         Catalogue(data.item_ids, texts.features),
         Base(texts.projection),
         data.type_names,
         len(data.user_ids),
         lambda events: windows_of(data, events),
         folder,
-        # Everything is for training: nobody may look at the items that are left out.
-        TrainSettings(epochs=14, newest_share=0.0),
     )
 
 

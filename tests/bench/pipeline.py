@@ -111,6 +111,10 @@ class Reading:
     peak_mb: float  # of the worker
 
 
+Items = Mapping[str, tuple[ItemRecord, np.ndarray[Any, Any]]]
+"""Id -> record and vector."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all readings share."""
@@ -120,7 +124,7 @@ class Bench:
     redis: RedisServer
     folder: Path
     texts: Mapping[str, str]
-    items: Mapping[str, tuple[ItemRecord, np.ndarray[Any, Any]]]
+    items: Items
     space: str
     fresh_s: float
 

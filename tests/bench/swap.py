@@ -196,7 +196,7 @@ def measure(
     )  # fmt: skip
 
 
-def _items_of(bench: pipeline.Bench, release: Release):  # type: ignore[no-untyped-def]
+def _items_of(bench: pipeline.Bench, release: Release) -> pipeline.Items:
     """The catalogue's records with this release's vectors."""
     shipped = release.load_item_vectors()
     assert shipped is not None

@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,7 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pytest
-import torch
 
 from model.engine import Engine
 from model.errors import NothingToLearn, ReleaseOvertaken, ReleaseUnwritable
@@ -56,6 +54,7 @@ from tests.integration.worker_process import (
     build_tiny_release,
     build_turned_release,
 )
+from tests.process_group import run_by_two
 
 pytestmark = pytest.mark.redis
 
@@ -580,21 +579,12 @@ def test_a_tuned_tower_goes_live_with_its_space_and_reads_new_items(
     assert np.isfinite(again.decision.figures["comparison"]["newest"]["candidate"])
 
 
-def _learn_as_one_of_two(shop: Settings, rank: int, port: int, said: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
+def _learn_as_one_of_two(rank: int, shop: Settings, folder: Path) -> None:
     with closing(shop.redis.connection().open()) as client:
         items = ItemStore(client, Keys(shop.namespace))
         outcome = learn(shop, items, datetime.now(UTC), lambda stage, done, of: None)
+    said = folder / f"said-{rank}"
     said.write_text("helped" if outcome is None else str(outcome.release))
-    torch.distributed.destroy_process_group()
 
 
 def test_a_turn_that_two_processes_share_publishes_once(
@@ -604,19 +594,7 @@ def test_a_turn_that_two_processes_share_publishes_once(
     _store(items, _records())
     _fill(shop, _circle())
     shared = _learning(shop, distributed=True, rate=4e-3)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    processes = [
-        multiprocessing.get_context("spawn").Process(
-            target=_learn_as_one_of_two, args=(shared, rank, port, tmp_path / f"said-{rank}")
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_by_two(_learn_as_one_of_two, shared, tmp_path)
     live = load_current(shop.model.releases)
     assert live.id in (tmp_path / "said-0").read_text()
     assert (tmp_path / "said-1").read_text() == "helped"

@@ -11,6 +11,7 @@ from model.evaluate import metric
 from model.fitted_once import FittedOnce
 from model.leave_one_out import LeftOut, rank_targets, split
 from model.prequential import Events
+from model.profile_signals import Shop
 from model.projection import Projection
 from model.ranker import first_weights
 from model.trainer import Base, Catalogue, TrainSettings
@@ -59,15 +60,9 @@ class Told:
             self.trained_on.append(events)
             return windows_of(data, events)
 
-        self.profile = FittedOnce(
-            Catalogue(data.item_ids, features),
-            Base(Projection(np.zeros(WIDTH, np.float32), np.eye(WIDTH, dtype=np.float32))),
-            data.type_names,
-            USERS,
-            label,
-            folder,
-            SETTINGS,
-        )
+        projection = Projection(np.zeros(WIDTH, np.float32), np.eye(WIDTH, dtype=np.float32))
+        known = Catalogue(data.item_ids, features), Base(projection), data.type_names
+        self.profile = FittedOnce(Shop(*known, USERS, label, folder), SETTINGS)
         self.test = split(data.events)
         self.profile.update(self.test.history)
         self.left: LeftOut = rank_targets(self.profile, ITEMS, self.test)

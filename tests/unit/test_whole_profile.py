@@ -10,6 +10,7 @@ import pytest
 from model.baselines import DAY_MS, HALF_LIVES_MS, OWN_HALF_LIFE_MS, OWN_ITEMS
 from model.evaluate import metric
 from model.prequential import Events, Ranked, prequential
+from model.profile_signals import Shop
 from model.projection import Projection
 from model.ranker import first_weights
 from model.trainer import Base, Catalogue, TrainSettings
@@ -50,16 +51,15 @@ def profile_of(data: Recorded, folder: Path, schedule: Schedule = SCHEDULE) -> W
     features = rng.normal(size=(ITEMS, WIDTH)).astype(np.float32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     centre = np.zeros(WIDTH, np.float32)
-    return WholeProfile(
+    shop = Shop(
         Catalogue(data.item_ids, features),
         Base(Projection(centre, np.eye(WIDTH, dtype=np.float32))),
         data.type_names,
         USERS,
         lambda events: windows_of(data, events),
         folder,
-        schedule,
-        SETTINGS,
     )
+    return WholeProfile(shop, schedule, SETTINGS)
 
 
 def judged(data: Recorded, scorer: WholeProfile, events: Events) -> Ranked:
