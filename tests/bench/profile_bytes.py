@@ -70,7 +70,8 @@ def _eighth(shares: Floats) -> Floats:
 def _scaled(sums: Floats, kept: Rounding) -> Floats:
     most = np.abs(sums).max(axis=-1, keepdims=True)
     most[most == 0] = 1
-    return kept(sums / most) * most
+    back: Floats = kept(sums / most) * most
+    return back
 
 
 WAYS: Final = (
