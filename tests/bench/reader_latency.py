@@ -2,10 +2,10 @@
 
     python -m tests.bench.reader_latency [--write]
 
-A worker drains a backlog of `spread`, which tells its rate; then a reader in a process of its own
-asks for one profile at a time, and for 100, at a steady pace: first beside a worker without events,
-then while events arrive at 80 % of that rate. Broker, Redis, worker, producer and reader share the
-machine. Prints and never asserts; `--write` puts the table into docs/performance.md.
+A reader in a process of its own asks for one profile at a time, and for 100, at a steady pace:
+first beside a worker without events, then while events of `spread` arrive at 80 % of what it can
+take beside their producer. Broker, Redis, worker, producer and reader share the machine. Prints and
+never asserts; `--write` puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Final
@@ -86,14 +86,13 @@ def _measured(bench: Bench) -> str:
             users = [f"shopper-{i}" for i in range(workloads.SPREAD_SHOPPERS)]
             time.sleep(_SETTLING_S)  # outlooks of the backlog
             idle = _both(settings, users)
-            rate = drained.rate * _SHARE
-            busy, applied, lag, cpu_s = _under_load(settings, users, rate, port, pids)
-    table = _table([Asked(name, idle[name], busy[name]) for name in idle])
-    used = ", ".join(f"{name} {seconds:.2f}" for name, seconds in cpu_s.items())
+            busy = _under_load(settings, users, drained.rate, port, pids)
+    table = _table([Asked(name, idle[name], busy.asked[name]) for name in idle])
+    used = ", ".join(f"{name} {cores:.2f}" for name, cores in busy.cores.items())
     return (
-        f"The worker drains {drained.rate:,.0f} events/s; {rate:,.0f}/s are produced, "
-        f"{applied:,.0f}/s were folded while the reader was timed, {lag:,.0f} records were "
-        f"waiting at its end. Cores in use meanwhile: {used}. "
+        f"The worker drains {drained.rate:,.0f} events/s, and folds {busy.most:,.0f}/s while as "
+        f"many are produced beside it. While the reader was timed it folded {busy.folded:,.0f}/s, "
+        f"and {busy.waiting:,.0f} records were waiting in the end; cores in use: {used}. "
         f"{len(users):,} shoppers; {_GETS_PER_S:.0f} gets, then {_MANY_PER_S:.0f} times "
         f"{_MANY}, a second. Aim: get within {_TARGET_MS:.0f} ms at p99.\n\n{table}"
     )
@@ -108,29 +107,55 @@ def _table(asked: Sequence[Asked]) -> str:
     return report.table(["", "worker", "calls", "p50", "p99", "p99.9"], rows)
 
 
+@dataclass(frozen=True)
+class Busy:
+    """A worker at a share of what it can take while events are produced."""
+
+    asked: dict[str, list[float]]  # sort of call -> durations in ms
+    most: float  # events/s
+    folded: float  # events/s, while the reader was timed
+    waiting: float  # records, in the end
+    cores: dict[str, float]  # in use
+
+
 def _under_load(
-    settings: Settings, users: list[str], rate: float, port: int, pids: dict[str, int]
-) -> tuple[dict[str, list[float]], float, float, dict[str, float]]:
-    """Durations; events folded per second; records waiting at the end; cores in use."""
+    settings: Settings, users: list[str], drained: float, port: int, pids: dict[str, int]
+) -> Busy:
     context = multiprocessing.get_context("spawn")
-    ready, ended = context.Event(), context.Event()
-    arguments = (settings.kafka.client_config(), settings.namespace, rate, ready, ended)
-    producing = context.Process(target=_produce, args=arguments, daemon=True)
+    rate = context.Value("d", drained)
+    kafka, ready = settings.kafka.client_config(), context.Event()
+    producing = context.Process(
+        target=_produce, args=(kafka, settings.namespace, rate, ready), daemon=True
+    )
     producing.start()
     while not ready.wait(1):
         if not producing.is_alive():
             raise SystemExit("the producer of the load ended")
+    time.sleep(_SETTLING_S / 2)
+    most = _rate_of(port, lambda: time.sleep(_SETTLING_S))
+    rate.value = 0.0
+    while _metric(port, "penchant_lag_records") > 0:
+        time.sleep(0.5)
+    rate.value = most * _SHARE
     time.sleep(_SETTLING_S)
-    begin_s, before = time.perf_counter(), _metric(port, "penchant_events_applied_total")
+    asked: dict[str, list[float]] = {}
+    begin_s = time.perf_counter()
     spent = {name: watching.cpu_s(pid) for name, pid in pids.items()}
-    found = _both(settings, users)
+    folded = _rate_of(port, lambda: asked.update(_both(settings, users)))
     seconds = time.perf_counter() - begin_s
-    applied = _metric(port, "penchant_events_applied_total") - before
-    lag = _metric(port, "penchant_lag_records")
+    waiting = _metric(port, "penchant_lag_records")
     cores = {name: (watching.cpu_s(pid) - spent[name]) / seconds for name, pid in pids.items()}
-    ended.set()
+    rate.value = -1.0
     producing.join()
-    return found, applied / seconds, lag, cores
+    return Busy(asked, most, folded, waiting, cores)
+
+
+def _rate_of(port: int, meanwhile: Callable[[], object]) -> float:
+    """Events folded per second."""
+    begin_s, before = time.perf_counter(), _metric(port, "penchant_events_applied_total")
+    meanwhile()
+    after = _metric(port, "penchant_events_applied_total")
+    return (after - before) / (time.perf_counter() - begin_s)
 
 
 def _metric(port: int, name: str) -> float:
@@ -139,19 +164,20 @@ def _metric(port: int, name: str) -> float:
     return sum(float(x) for x in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
 
 
-def _produce(kafka: dict[str, Any], namespace: str, rate: float, ready: Any, ended: Any) -> None:
-    """Events at a steady rate until told to end."""
+def _produce(kafka: dict[str, Any], namespace: str, rate: Any, ready: Any) -> None:
+    """Events at a rate that may change; below 0 it ends."""
     source = workloads.stream("spread", datasets.load("movielens"), _EVENTS)
     no_id = re.compile(rb',"event_id":"[^"]*"')
     records = [(key, no_id.sub(b"", value)) for key, value in islice(source, _LOADED)]
     ready.set()
-    sent, begin_s, more = 0, time.perf_counter(), cycle(records)
+    due, then_s, more = 0.0, time.perf_counter(), cycle(records)
     with EventProducer({**kafka, **watching.PRODUCER, "linger.ms": 50}, namespace) as producer:
-        while not ended.is_set():
-            due = int((time.perf_counter() - begin_s) * rate) - sent
-            for record in islice(more, due):
+        while rate.value >= 0:
+            now_s = time.perf_counter()
+            due, then_s = due + rate.value * (now_s - then_s), now_s
+            for record in islice(more, int(due)):
                 producer.send_bytes("events", *record)
-            sent += due
+            due -= int(due)
             time.sleep(_STEP_S)
 
 
