@@ -8,7 +8,7 @@ RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-learn test lint chaos bench evaluation clean
+.PHONY: help env demo demo-learn test lint chaos fuzz bench evaluation clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +59,9 @@ lint: env ## ruff, mypy and the direction of imports
 chaos: env ## crashes, stalls, lost replies, failovers, simulated: SEEDS=10000, or one SEED=1234 with its trace
 	@exec env PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.simulated \
 	    $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),400)) $(if $(WRITE),--write $(WRITE))
+
+fuzz: env ## broken bytes for parsers, codecs, releases and the port: CASES=10000000
+	@exec $(BIN)/python -m tests.fuzz --cases $(or $(CASES),200000) $(if $(WRITE),--write)
 
 bench: env ## throughput and freshness beside pipelines on Faust, Quix Streams and Bytewax
 	@exec $(BIN)/python -m tests.bench

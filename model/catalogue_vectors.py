@@ -66,6 +66,12 @@ class CatalogueVectors:
         vectors, versions = tensors["vectors"], tensors["versions"]
         if vectors.dtype != np.float32 or versions.dtype != np.uint8:
             raise ValueError("tensors of other types than they should be")
+        if (
+            tensors["id_ends"].dtype != np.int64
+            or tensors["id_ends"].ndim != 1
+            or versions.ndim != 2
+        ):
+            raise ValueError("ids or versions of other types or shapes than they should be")
         raw, ends = tensors["ids"].tobytes(), tensors["id_ends"].tolist()
         if ends and (ends[-1] != len(raw) or sorted(ends) != ends or ends[0] < 0):
             raise ValueError("the ends of the ids do not fit")

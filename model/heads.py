@@ -130,7 +130,10 @@ class Heads(nn.Module):
                 header = file.metadata() or {}
                 names = tuple(json.loads(header["names"]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            heads = cls(int(header.get("kinds", 0)), names)
+            kinds = int(header.get("kinds", 0))
+            if not 0 <= kinds < 256:  # a type is a byte; what is made up must not take memory
+                raise ValueError(f"{kinds} kinds of events")
+            heads = cls(kinds, names)
             if header.get("features") == json.dumps(FEATURES):
                 heads.load_state_dict(tensors)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

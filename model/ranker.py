@@ -256,7 +256,7 @@ def load_weights(path: Path) -> Weights:
     """Read what `save_weights` wrote. Raises WeightsUnavailable for anything else."""
     try:
         weights: Weights = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError) as error:  # numbers that numpy has not
         raise _no_ranker(path, str(error)) from error
     if {name: array.shape for name, array in weights.items()} != dict(_SHAPES):
         raise _no_ranker(path, "its arrays have other names or shapes")

@@ -75,6 +75,12 @@ _OWN_PARTS: Final = (MANIFEST, PROJECTION, ITEM_VECTORS, TRANSITION, METRICS)
 _RELEASE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,80}")
 _FILE_NAME = re.compile(r"(encoder/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 
+# What reading a file of tensors or of JSON raises where it is none of ours. AttributeError: numbers
+# of a type that numpy does not have.
+_UNREADABLE: Final = (
+    SafetensorError, ValueError, TypeError, AttributeError, OSError, RecursionError,
+)  # fmt: skip
+
 _PROGRESS_TEXTS = 512  # texts between two reports of progress: a second or two on a CPU
 
 Progress = Callable[[int, int], None]
@@ -635,7 +641,7 @@ def _copy_tower(source: Path, folder: Path) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _corrupt(path, f"{MANIFEST} cannot be read") from error
     if not isinstance(manifest, dict):
         raise _corrupt(path, f"{MANIFEST} is no JSON object")
@@ -696,7 +702,7 @@ def _verified_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
 def _check_shapes(release: Release) -> None:
     try:
         projection = Projection.load(release.path / PROJECTION)
-    except (SafetensorError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _corrupt(release.path, f"{PROJECTION} cannot be read ({error})") from error
     if (projection.width, projection.dimensions) != (release.width, release.dimensions):
         raise _corrupt(
@@ -711,7 +717,7 @@ def _check_shapes(release: Release) -> None:
         transition = release.load_transition()
         what = METRICS
         release.metrics()
-    except (SafetensorError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _corrupt(release.path, f"{what} cannot be read ({error})") from error
     if items is not None and items.vectors.shape[1] != release.dimensions:
         raise _corrupt(release.path, f"{ITEM_VECTORS} has {items.vectors.shape[1]} dimensions")

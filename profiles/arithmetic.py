@@ -68,7 +68,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.half_lives_s))
-        if not ordered or ordered != self.half_lives_s or not 0 < ordered[0] <= ordered[-1] < 1e12:
+        possible = all(0 < half_life_s < 1e12 for half_life_s in ordered)  # NaN is not
+        if not ordered or ordered != self.half_lives_s or not possible:
             raise ValueError("PROFILE_HALF_LIVES_S needs positive seconds, the shortest first")
         if not 0 < self.dimensions < 1 << 16:
             raise ValueError("MODEL_DIMENSIONS must lie between 1 and 65535")
@@ -878,6 +879,8 @@ def decode(user_id: str, state: bytes, fence: bytes = b"") -> Profile:
     except (SchemaTooNew, StateCorrupt) as error:
         raise type(error)(f"the profile of user {user_id!r}: {error}") from None
     header = profiles.header[0]
+    if not (np.isfinite(header["masses"]).all() and np.isfinite(header["sums"]).all()):
+        raise StateCorrupt(f"the profile of user {user_id!r}: it holds NaN or infinity; {_REBUILD}")
     space = int(header["space"])
     return Profile(
         user_id=user_id,

@@ -505,6 +505,9 @@ def decode(tally: bytes | None, near: bytes | None = None) -> Neighbours:
         _check(tally, near)
     header = np.frombuffer(tally, schema.TALLY_HEADER)[0]
     entries = np.frombuffer(near, schema.NEAR_ENTRY)
+    numbers = [float(header[name]) for name in ("half_life_s", "count", "other", "recent")]
+    if not (numbers[0] > 0 and np.isfinite(numbers).all() and np.isfinite(entries["weight"]).all()):
+        raise StateCorrupt("a tally of impossible numbers: delete it")
     return Neighbours(
         int(header["updated_ms"]),
         float(header["half_life_s"]),

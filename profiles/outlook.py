@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,14 +92,38 @@ def decode(
         return None
     if len(next_) != size + 4 * int(head["dimensions"]):
         raise StateCorrupt(f"its next field has {len(next_)} bytes; delete that field")
-    told: dict[str, Any] = json.loads(heads)
+    told = _told(heads)
     of_space = f"{int(head['space']):016x}" == space
     return Outlook(
         next_interest=np.frombuffer(next_, "<f4", offset=size) if of_space else None,
-        heads=told["heads"],
-        release=told["release"],
-        updated_ms=told["updated_ms"],
-        computed_ms=told["computed_ms"],
-        saves_since=revision - told["revision"],
-        age_s=max(0.0, now_s - told["computed_ms"] / 1000),
+        heads=told.heads,
+        release=told.release,
+        updated_ms=told.updated_ms,
+        computed_ms=told.computed_ms,
+        saves_since=revision - told.revision,
+        age_s=max(0.0, now_s - told.computed_ms / 1000),
     )
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a heads field says."""
+
+    heads: dict[str, float]
+    release: str
+    revision: int
+    updated_ms: int
+    computed_ms: int
+
+
+def _told(raw: bytes) -> _Told:
+    try:
+        said: dict[str, Any] = json.loads(raw)
+        told = _Told(**{name: said[name] for name in _Told.__dataclass_fields__})
+        counts = (told.revision, told.updated_ms, told.computed_ms)
+        chances = {name: float(chance) for name, chance in told.heads.items()}
+        if all(type(n) is int and abs(n) < 1 << 63 for n in counts) and type(told.release) is str:
+            return replace(told, heads=chances)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        pass
+    raise StateCorrupt(f"its heads field of {len(raw)} bytes says no outlook; delete that field")

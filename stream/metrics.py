@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -18,6 +23,8 @@ from prometheus_client import (
 )
 
 from .errors import UserError
+
+log = logging.getLogger(__name__)
 
 REGISTRY: Final = CollectorRegistry()
 
@@ -251,6 +258,40 @@ FLIP_S: Final = Histogram(
 Probe = Callable[[], tuple[bool, str]]
 
 
+# Probes and Prometheus are done in a moment; who is not must not keep a thread.
+_PATIENCE_S: Final = 10.0
+_MOST_CONNECTIONS: Final = 128
+
+
+class _BoundedServer(ThreadingHTTPServer):
+    """A thread per connection: of bounded life, and not too many."""
+
+    def __init__(self, *args: Any) -> None:
+        self._since_s: dict[socket.socket, float] = {}
+        super().__init__(*args)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        self._since_s[request] = time.monotonic()
+        return len(self._since_s) <= _MOST_CONNECTIONS
+
+    def close_request(self, request: Any) -> None:
+        self._since_s.pop(request, None)
+        super().close_request(request)
+
+    def service_actions(self) -> None:
+        """Twice a second: a time-out of the socket would begin anew with every byte."""
+        oldest_s = time.monotonic() - _PATIENCE_S
+        for request, since_s in list(self._since_s.items()):
+            if since_s < oldest_s:
+                with suppress(OSError):  # it is just being closed
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that leave are worth no traceback; of our own mistakes the log has to tell."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            log.exception("the answer to %s failed", client_address)
+
+
 class MetricsServer:
     """/metrics, /healthz/live and /healthz/ready over HTTP, on a thread of its own."""
 
@@ -278,7 +319,7 @@ class MetricsServer:
             def log_message(self, format: str, *args: object) -> None:
                 """Probes come every few seconds: not worth a log line each."""
 
-        self._server = ThreadingHTTPServer(("", port), Handler)
+        self._server = _BoundedServer(("", port), Handler)
         self.port = int(self._server.server_address[1])
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PAGE: Final = 256  # profiles in memory at a time, and saved by one script
+_PAGE: Final = 256  # profiles in memory at a time
 _RETRY_S: Final = 2.0
 _LOOK_S: Final = 5.0  # for another generation of profiles, which may have some to move
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 import confluent_kafka as kafka
 import numpy as np
 
+from profiles import store as store_module
 from profiles.arithmetic import EventColumns, Layout
 from profiles.cache import Row
 from profiles.kernel import Folded
@@ -124,7 +125,7 @@ def _packed(
     store: ProfileStore, users: Sequence[str], rows: list[Row], events: EventColumns, space: int
 ) -> Folded:
     """The saves of these users after one more event each, as commands to Redis."""
-    calls = -(-len(users) // 256)
+    calls = -(-len(users) // store_module._CHUNK)
     with steps_of(store._marks, store._keys, calls) as steps:
         folded = store._kernel.fold(
             users, rows, events, 0, space, int(events.offset[0]), time.time(), lambda keys: {}, {1},

@@ -256,6 +256,20 @@ def test_records_of_another_version_are_told() -> None:
         assert neighbours.read_records([value, bad])[1] == 1
 
 
+@pytest.mark.parametrize("name", ["half_life_s", "count", "other", "recent"])
+def test_tallies_of_impossible_numbers_are_refused(name: str) -> None:
+    tally, near, _ = next(iter(after(in_topic([item_event(0), item_event(1)])).stored.values()))
+    for number in (np.nan, np.inf, *([0.0, -1.0] if name == "half_life_s" else [])):
+        header = np.frombuffer(bytearray(tally), schema.TALLY_HEADER)
+        header[name] = number
+        with pytest.raises(StateCorrupt, match="impossible numbers"):
+            neighbours.decode(header.tobytes(), near)
+    entries = np.frombuffer(bytearray(near), schema.NEAR_ENTRY)
+    entries["weight"] = np.nan
+    with pytest.raises(StateCorrupt, match="impossible numbers"):
+        neighbours.decode(tally, entries.tobytes())
+
+
 def test_tallies_that_are_none_are_refused() -> None:
     tally, near, _ = next(iter(after(in_topic([item_event(0), item_event(1)])).stored.values()))
     newer = (schema.SCHEMA_VERSION + 1).to_bytes(2, "little") + tally[2:]

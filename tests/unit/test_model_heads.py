@@ -64,6 +64,14 @@ def test_what_was_saved_predicts_the_same_and_other_files_are_refused(tmp_path: 
         Heads.load(path)
 
 
+def test_made_up_kinds_of_events_take_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "h.safetensors"
+    for kinds in ("10000000000", "-1", "many"):
+        save_file({}, path, metadata={"names": '["purchase"]', "kinds": kinds})
+        with pytest.raises(WeightsUnavailable, match="train again"):
+            Heads.load(path)
+
+
 def test_heads_of_an_older_release_load_and_are_silent(tmp_path: Path) -> None:
     path = tmp_path / "h.safetensors"
     old = {"hidden.weight": np.zeros((4, 4), np.float32), "shift": np.zeros(2, np.float32)}

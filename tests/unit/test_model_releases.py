@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 from model import releases
+from model.catalogue_vectors import CatalogueVectors
 from model.errors import (
     EncoderSettingsInvalid,
     ReleaseCorrupt,
@@ -289,11 +291,49 @@ def test_a_manifest_that_does_not_hold_is_noticed(
         load(release.path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_a_manifest_that_cannot_be_read_is_noticed(release: Release, content: bytes) -> None:
     rewrite(release.path / "manifest.json", lambda _: content)
     with pytest.raises(ReleaseCorrupt, match=r"manifest\.json"):
         load(release.path)
+
+
+@pytest.mark.parametrize("file", ["projection.safetensors", "item_vectors.safetensors"])
+def test_numbers_of_a_type_that_numpy_has_not_are_noticed(tmp_path: Path, file: str) -> None:
+    release = build(tmp_path, item_ids=TEXTS)
+    rewrite(release.path / file, as_float8)
+    sign(release)
+    with pytest.raises(ReleaseCorrupt, match=rf"{file} cannot be read"):
+        load(release.path)
+
+
+def as_float8(raw: bytes) -> bytes:
+    """The first tensor of a file as four times as many numbers of a byte each."""
+    size = int.from_bytes(raw[:8], "little")
+    table = json.loads(raw[8 : 8 + size])
+    about = next(about for about in table.values() if about["dtype"] == "F32")
+    about |= {"dtype": "F8_E4M3", "shape": [4 * about["shape"][0], *about["shape"][1:]]}
+    text = json.dumps(table).encode()
+    return len(text).to_bytes(8, "little") + text + raw[8 + size :]
+
+
+def sign(release: Release) -> None:
+    """Checksums as they follow from the files."""
+    sums = releases._checksums(release.path)
+    edit_manifest(release, files={k: v for k, v in sums.items() if k != "manifest.json"})
+
+
+def test_ends_of_ids_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:
+    tensors = {
+        "ids": np.frombuffer(b"ab", np.uint8),
+        "id_ends": np.array([1.0, 2.0]),
+        "versions": np.zeros((2, 8), np.uint8),
+        "vectors": np.eye(2, dtype=np.float32),
+    }
+    for ends in (tensors["id_ends"], np.array(2, np.int64)):
+        (tmp_path / "v").write_bytes(save(tensors | {"id_ends": ends}))
+        with pytest.raises(ValueError, match="ids or versions"):
+            CatalogueVectors.load(tmp_path / "v")
 
 
 def test_a_file_left_out_of_the_manifest_is_not_trusted(release: Release) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from model.errors import EncoderSettingsInvalid, WeightsUnavailable
 from model.window_encoder import GAP_BUCKETS, WindowEncoder, WindowShape, gap_buckets
@@ -92,6 +95,22 @@ def test_a_file_that_is_no_window_encoder_is_refused_with_what_to_do(tmp_path: P
         WindowEncoder.load(tmp_path / "w.safetensors")
     with pytest.raises(WeightsUnavailable, match="train again"):
         WindowEncoder.load(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"layers": 10**9}, {"events": 10**9}, {"dimensions": 10**6}, {"heads": 0}, {"types": 1},
+     {"dimensions": 10**30}, {"events": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_header_of_made_up_sizes_takes_neither_time_nor_memory(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    path, made_up = tmp_path / "w.safetensors", json.dumps(asdict(SHAPE) | change)
+    tensors = {name: value.contiguous() for name, value in encoder().state_dict().items()}
+    path.write_bytes(save(tensors, metadata={"shape": made_up}))
+    with pytest.raises(WeightsUnavailable, match="train again"):
+        WindowEncoder.load(path)
 
 
 def test_windows_of_the_wrong_shape_are_refused_by_name() -> None:

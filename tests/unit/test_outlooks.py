@@ -106,6 +106,19 @@ def test_an_outlook_that_cannot_be_read_is_none_or_says_so() -> None:
             outlook.decode(cut, raw, space, 1, 0.0)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"revision": None}, {"revision": "1"}, {"updated_ms": 1.5}, {"computed_ms": 10**400},
+     {"heads": []}, {"heads": {"churn": None}}, {"heads": {"churn": []}}, {"release": 1}],
+)  # fmt: skip
+def test_heads_that_say_no_outlook_are_corrupt(change: dict[str, object]) -> None:
+    ((next_, heads),) = outlook.encode(VECTORS[:1], {}, "r", SPACE, [1], [1], 1)
+    texts = [heads[:-1], "[]", "1", "[" * 100_000, json.dumps(json.loads(heads) | change)]
+    for raw in (b"", b"\xff", *(text.encode() for text in texts)):
+        with pytest.raises(StateCorrupt, match="heads field"):
+            outlook.decode(next_, raw, f"{SPACE:016x}", 1, 0.0)
+
+
 def test_a_person_reads_who_foretold_what() -> None:
     ((next_, heads),) = outlook.encode(
         VECTORS[:1], {k: v[:1] for k, v in HEADS.items()}, "trained-1", SPACE, [1], [1], 60_000

@@ -125,7 +125,24 @@ def test_impossible_half_lives_are_corrupt_to_a_reader(half_life: float) -> None
         arithmetic.decode("u", with_field(state, "half_lives_s", half_life), fence)
 
 
-@pytest.mark.parametrize("half_lives_s", [(), (0.0,), (-5.0, 1.0), (math.nan,), (86_400.0, 60.0)])
+@pytest.mark.parametrize("name", ["masses", "sums"])
+def test_a_profile_of_nan_or_infinity_is_corrupt_to_a_reader(name: str) -> None:
+    state, fence = stored()
+    for number in (math.nan, -math.inf):
+        with pytest.raises(StateCorrupt, match="user 'u': it holds NaN or infinity"):
+            arithmetic.decode("u", with_field(state, name, number), fence)
+
+
+def test_a_half_life_of_nan_among_others_is_corrupt_to_a_reader() -> None:
+    state, fence = stored()
+    middle = [LAYOUT.half_lives_s[0], math.nan, LAYOUT.half_lives_s[-1]]
+    with pytest.raises(StateCorrupt, match="half-lives"):
+        arithmetic.decode("u", with_field(state, "half_lives_s", middle), fence)
+
+
+@pytest.mark.parametrize(
+    "half_lives_s", [(), (1.0, math.nan, 2.0), (0.0,), (-5.0, 1.0), (math.nan,), (86_400.0, 60.0)]
+)
 def test_impossible_half_lives_are_refused_as_settings(half_lives_s: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="PROFILE_HALF_LIVES_S"):
         Layout(4, half_lives_s)
