@@ -8,7 +8,7 @@ RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-learn test lint chaos bench evaluation clean
+.PHONY: help env demo demo-learn test lint chaos chaos-real bench evaluation clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +59,10 @@ lint: env ## ruff, mypy and the direction of imports
 chaos: env ## crashes, stalls, lost replies, failovers, simulated: SEEDS=10000, or one SEED=1234 with its trace
 	@exec env PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.simulated \
 	    $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),400)) $(if $(WRITE),--write $(WRITE))
+
+chaos-real: env ## the same on real servers: kills, stalls, cuts, full disks, overload; 20 minutes, as root
+	@exec $(BIN)/python -m tests.chaos.real $(if $(SCHEDULE),--schedule "$(SCHEDULE)") $(if $(SEED),--seed $(SEED)) \
+	    $(if $(WRITE),--write)
 
 bench: env ## throughput and freshness beside pipelines on Faust, Quix Streams and Bytewax
 	@exec $(BIN)/python -m tests.bench
