@@ -60,7 +60,7 @@ chaos: env ## crashes, stalls, lost replies, failovers, simulated: SEEDS=10000, 
 	@exec env PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.simulated \
 	    $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),400)) $(if $(WRITE),--write $(WRITE))
 
-chaos-real: env ## the same on real servers: kills, stalls, cuts, full disks, overload; 20 minutes, as root
+chaos-real: env ## the same on real servers: kills, stalls, cuts, full disks, overload; 16 minutes, as root
 	@exec $(BIN)/python -m tests.chaos.real $(if $(SCHEDULE),--schedule "$(SCHEDULE)") $(if $(SEED),--seed $(SEED)) \
 	    $(if $(WRITE),--write)
 

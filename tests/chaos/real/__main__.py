@@ -1,6 +1,6 @@
 """`make chaos-real`: every schedule on real servers, or one; leaves 1 where anything was wrong.
 
-python -m tests.chaos.real                                    all of them, 20 minutes
+python -m tests.chaos.real                                    all of them, 16 minutes
 python -m tests.chaos.real --schedule "lost brokers" --seed 7
 python -m tests.chaos.real --write                            into docs/reliability.md
 """

@@ -80,7 +80,7 @@ def fail_redis_over(world: World) -> None:
 def cut_networks(world: World) -> None:
     wires = world.networks.wires
     while world.going_on():
-        world.pause(1, 3)
+        world.pause(3, 8)
         worker, other = world.chance.choice(sorted(wires))
         # A worker from one other party, from all brokers, or from everybody.
         everything = [wire for (name, _), wire in sorted(wires.items()) if name == worker]
@@ -178,11 +178,12 @@ def one_shopper(world: World) -> None:
 
 
 def of_one_shopper(chance: random.Random, records: list[Sendable]) -> list[Sendable]:
+    """Items come first: no more than MAX_PENDING events of one shopper wait for their text."""
     return [
         record
         if isinstance(record, Bad | Item | Forget) or chance.random() < 0.5
         else record.model_copy(update={"user_id": "everybody"})
-        for record in records
+        for record in sorted(records, key=lambda record: not isinstance(record, Item))
     ]
 
 
@@ -279,10 +280,10 @@ SCHEDULES: Final = {
     for terms in (
         Terms("killed workers", kill_workers, redis_s=0.01),
         Terms("stalled workers", stall_workers, seconds=45, redis_s=0.01),
-        Terms("lost brokers", lose_brokers),
+        Terms("lost brokers", lose_brokers, seconds=45),
         Terms("killed Redis", kill_redis),
         Terms("Redis failovers", fail_redis_over),
-        Terms("cut networks", cut_networks, seconds=45, redis_s=0.01, own_networks=True),
+        Terms("cut networks", cut_networks, seconds=60, redis_s=0.01, own_networks=True),
         Terms("rolling restart", restart_all, seconds=75),
         Terms("rebalance storm", rebalance, redis_s=0.01),
         Terms("poison", poison, seconds=15, no_letter_twice=True, records=with_poison),

@@ -35,23 +35,19 @@ class Store(ExitStack):
         self._servers = 0
         self.delay_s = 0.0
         """Before each request is passed on."""
+        self._disk = self._serving_folder = self._next_folder()
         if small_disk:
-            self.enter_context(_small_disk(self._next_folder()))
-        self._serving = self._start(self._next_folder() if not small_disk else folder / "redis-1")
-        self._disk = folder / "redis-1"
+            self.enter_context(_small_disk(self._disk))
+        self._serving = self._server(self._disk, {})
         self._wire = self.enter_context(Between(self._serving.port, on_request=self._late))
         self.port = self._wire.port
         self.url = self._serving.url.replace(f":{self._serving.port}/", f":{self.port}/")
-        self.replica = self._follow()
+        self._replica = self._follow()
 
     @property
     def client(self) -> redis.Redis:
         """Of the primary, not over the wire."""
         return redis.Redis.from_url(self._serving.url)
-
-    @property
-    def version(self) -> str:
-        return self._serving.version
 
     def die(self) -> None:
         """SIGKILL, and a start from the append-only file."""
@@ -62,27 +58,24 @@ class Store(ExitStack):
         """In order."""
         self._serving.restart()
 
-    def lose_power(self, most_bytes: int) -> int:
-        """Die, with the end of the append-only file not on the disk yet; how many bytes."""
+    def lose_power(self, most_bytes: int) -> None:
+        """Die, with up to so much of the end of the append-only file not on the disk yet."""
         self._serving.kill()
         files = sorted(self._serving_folder.glob("appendonlydir/*.incr.aof"))
-        size = files[-1].stat().st_size
-        cut = min(size, most_bytes)
         with files[-1].open("r+b") as file:
-            file.truncate(size - cut)
+            file.truncate(max(0, files[-1].stat().st_size - most_bytes))
         self._serving.restart()
-        return cut
 
     def fail_over(self, behind_s: float) -> None:
         """The primary dies, and the replica serves, without what was written in the last
         `behind_s`. A new replica follows it."""
-        with redis.Redis.from_url(self.replica.url) as replica:
+        with redis.Redis.from_url(self._replica.url) as replica:
             replica.replicaof("NO", "ONE")
         time.sleep(behind_s)
-        self._wire.lead_to(self.replica.port)
+        self._wire.lead_to(self._replica.port)
         self._serving.kill()
-        self._serving, self._serving_folder = self.replica, self._replica_folder
-        self.replica = self._follow()
+        self._serving, self._serving_folder = self._replica, self._replica_folder
+        self._replica = self._follow()
 
     def fill_disk(self) -> None:
         """Leave no byte of it."""
@@ -107,10 +100,6 @@ class Store(ExitStack):
                 lambda: asked.info("replication")["master_link_status"] == "up",
             )
         return replica
-
-    def _start(self, folder: Path) -> RedisServer:
-        self._serving_folder = folder
-        return self._server(folder, {})
 
     def _server(self, folder: Path, options: dict[str, str]) -> RedisServer:
         # At once, not after 5 s: a replica that is made while events flow is soon there.
