@@ -8,7 +8,7 @@ RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 .ONESHELL:
 .SHELLFLAGS := -euc
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-learn test lint chaos fuzz bench evaluation clean
+.PHONY: help env demo demo-learn test lint chaos chaos-real fuzz bench evaluation clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -62,6 +62,10 @@ chaos: env ## crashes, stalls, lost replies, failovers, simulated: SEEDS=10000, 
 
 fuzz: env ## broken bytes for parsers, codecs, releases and the port: CASES=10000000
 	@exec $(BIN)/python -m tests.fuzz --cases $(or $(CASES),200000) $(if $(WRITE),--write)
+
+chaos-real: env ## the same on real servers: kills, stalls, cuts, full disks, overload; 16 minutes, as root
+	@exec $(BIN)/python -m tests.chaos.real $(if $(SCHEDULE),--schedule "$(SCHEDULE)") $(if $(SEED),--seed $(SEED)) \
+	    $(if $(WRITE),--write)
 
 bench: env ## throughput and freshness beside pipelines on Faust, Quix Streams and Bytewax
 	@exec $(BIN)/python -m tests.bench

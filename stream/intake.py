@@ -465,6 +465,8 @@ class Intake(Service):  # type: ignore[misc]
 
     def _commit(self, consumer: kafka.Consumer, *, synchronous: bool) -> None:
         with self._changed:
+            if synchronous:
+                self._tracker.wait_no_longer(self._leaving or set(self._epochs))
             offsets = self._tracker.committable()
             self._tracker.committed(offsets)
         if not offsets:
@@ -485,10 +487,13 @@ class Intake(Service):  # type: ignore[misc]
     def _commit_answered(self, error: kafka.KafkaError | None, positions: list[Any]) -> None:
         """Offer again what the broker did not take; without that the last commit before a
         silence would stay lost. Not committed is safe: read again, records are found applied."""
-        refused = {(p.topic, p.partition): p.offset for p in positions if error or p.error}
+        taken, refused = (
+            {(p.topic, p.partition): p.offset for p in positions if bool(error or p.error) is no}
+            for no in (False, True)
+        )
+        with self._changed:
+            self._tracker.answered(taken, refused)
         if refused:
-            with self._changed:
-                self._tracker.not_committed(refused)
             reason = error or next(p.error for p in positions if p.error)
             log.info("offsets of %s not committed yet: %s", _names(positions), reason)
 

@@ -33,6 +33,7 @@ class OffsetTracker:
     _runs: dict[TopicPartition, deque[_Run]] = field(default_factory=dict)
     _finished: dict[TopicPartition, int] = field(default_factory=dict)
     _committed: dict[TopicPartition, int] = field(default_factory=dict)
+    _unanswered: dict[TopicPartition, int] = field(default_factory=dict)
 
     def starts(self, partition: TopicPartition, offset: int) -> None:
         """Everything before this offset was finished by somebody else."""
@@ -72,22 +73,36 @@ class OffsetTracker:
         )
 
     def committable(self) -> dict[TopicPartition, int]:
-        """Partition -> next offset, where that moved since `committed`."""
+        """Partition -> next offset, where that moved since `committed` and nothing is unanswered:
+        a client that sends once more what a broker did not answer may do so after what came later,
+        and the earlier offset would be the last word."""
         return {
             partition: offset
             for partition, offset in self._finished.items()
-            if self._committed.get(partition) != offset
+            if self._committed.get(partition) != offset and partition not in self._unanswered
         }
 
     def committed(self, offsets: Mapping[TopicPartition, int]) -> None:
         """These offsets are on their way to the broker."""
         self._committed.update(offsets)
+        self._unanswered.update(offsets)
 
-    def not_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """The broker did not take these: what is finished by now is committable again."""
-        for partition, offset in offsets.items():
+    def answered(
+        self, taken: Mapping[TopicPartition, int], refused: Mapping[TopicPartition, int]
+    ) -> None:
+        """What the broker made of these. Where it refused, what is finished by now is committable
+        again."""
+        for partition, offset in {**taken, **refused}.items():
+            if self._unanswered.get(partition) == offset:
+                del self._unanswered[partition]
+        for partition, offset in refused.items():
             if self._committed.get(partition) == offset:
                 del self._committed[partition]
+
+    def wait_no_longer(self, partitions: set[TopicPartition]) -> None:
+        """The next commit is their last one, and nothing unanswered is a reason to put it off."""
+        for partition in partitions:
+            self._unanswered.pop(partition, None)
 
     def forget(self, partitions: set[TopicPartition]) -> None:
         """The partitions are no longer ours: nothing of them may be committed any more."""
@@ -96,6 +111,7 @@ class OffsetTracker:
             self._runs.pop(partition, None)
             self._finished.pop(partition, None)
             self._committed.pop(partition, None)
+            self._unanswered.pop(partition, None)
 
     def _run(self, partition: TopicPartition, next_offset: int) -> list[_Run]:
         """The slice that ends before `next_offset`, if it is known."""

@@ -8,6 +8,7 @@ import ssl
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Self
 
 
 class Between:
@@ -19,8 +20,10 @@ class Between:
         *,
         on_request: Callable[[bytes], bytes] = bytes,
         tls: ssl.SSLContext | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
-        """`on_request` gets what a client sent, in pieces; `tls` is spoken to clients only."""
+        """`on_request` gets what a client sent, in pieces; `tls` is spoken to clients only; the
+        `listener` is one on a free port where none is given."""
         self.lose_reply = False
         """Set it, and the next answer gets lost: the server has done what it was asked, and the
         connection breaks before it says so."""
@@ -28,7 +31,9 @@ class Between:
         self._upstream = upstream
         self._on_request = on_request
         self._tls = tls
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._whole = threading.Event()
+        self._whole.set()
+        self._listener = listener or socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -36,9 +41,27 @@ class Between:
         """New connections go to another port."""
         self._upstream = upstream
 
+    def cut(self) -> None:
+        """Connections stay open, and nothing gets through."""
+        self._whole.clear()
+
+    def mend(self) -> None:
+        """What was under way arrives."""
+        self._whole.set()
+
     def close(self) -> None:
         """No new connections; those that are open end with their client."""
         self._listener.close()
+        self.mend()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def _reach(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self._upstream))
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -55,10 +78,11 @@ class Between:
         with (
             suppress(OSError),
             client,
-            socket.create_connection(("127.0.0.1", self._upstream)) as server,
+            self._reach() as server,
         ):
             while True:
                 ready, _, _ = select.select([client, server], [], [])
+                self._whole.wait()
                 if client in ready:
                     request = _received(client)
                     if not request:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import pytest
 import redis
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from profiles.errors import WritesLost
@@ -139,11 +139,13 @@ class Topic:
         return committed(self.settings, [(self.name, partition)])[(self.name, partition)]
 
     def wait_committed(self, offset: int, partition: int = 0) -> None:
-        eventually(
-            f"{offset} is committed for partition {partition}",
-            lambda: self.committed(partition) == offset,
-            60,
-        )
+        def is_committed() -> bool:
+            try:
+                return self.committed(partition) == offset
+            except KafkaException:  # a broker that is just coming back
+                return False
+
+        eventually(f"{offset} is committed for partition {partition}", is_committed, 60)
 
 
 MakeTopic = Callable[..., Topic]

@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -186,9 +187,9 @@ class WorkerProcess:
         """`folder` gets its log; it keeps nothing else."""
         self.name = name
         self.log_file = folder / f"{name}.log"
-        self._port = free_port()
+        self.port = free_port()
         self._environment = settings.environment() | {
-            "STREAM_METRICS_PORT": str(self._port),
+            "STREAM_METRICS_PORT": str(self.port),
             "STREAM_DATA_DIR": str(folder / f"{name}-data"),
             "MODEL_THREADS": "1",
             "OMP_NUM_THREADS": "1",
@@ -228,7 +229,7 @@ class WorkerProcess:
         """Whether it holds partitions. Fails the test if it ended."""
         assert self.running, f"{self.name} ended with {self.process.returncode}:\n{self.log}"
         try:
-            url = f"http://127.0.0.1:{self._port}/healthz/ready"
+            url = f"http://127.0.0.1:{self.port}/healthz/ready"
             return bool(urllib.request.urlopen(url, timeout=5).status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -239,17 +240,21 @@ class WorkerProcess:
 
     def metric(self, name: str) -> float:
         """A metric's value, all labels together; 0 if it does not answer."""
+        found = self.metrics()
+        return found[name] + found[f"{name}_total"]
+
+    def metrics(self) -> Counter[str]:
+        """Every sample by its name, all labels together; none if it does not answer."""
         try:
-            url = f"http://127.0.0.1:{self._port}/metrics"
+            url = f"http://127.0.0.1:{self.port}/metrics"
             text = urllib.request.urlopen(url, timeout=5).read().decode()
         except (urllib.error.URLError, OSError):
-            return 0.0
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name in (name, name + "_total")
-        )
+            return Counter()
+        found = Counter[str]()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found[sample.name] += sample.value
+        return found
 
     def send(self, signal_number: signal.Signals) -> None:
         self.process.send_signal(signal_number)

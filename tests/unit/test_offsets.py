@@ -42,17 +42,33 @@ def test_an_offset_is_offered_once_unless_the_broker_did_not_take_it() -> None:
     tracker.finished(HERE, 10)
     tracker.committed(tracker.committable())
     assert tracker.committable() == {}
-    tracker.not_committed({HERE: 10})
+    tracker.answered({}, {HERE: 10})
     assert tracker.committable() == {HERE: 10}
+    tracker.committed(tracker.committable())
+    tracker.answered({HERE: 10}, {})
+    assert tracker.committable() == {}
 
 
-def test_a_late_refusal_of_an_older_commit_does_not_matter() -> None:
+def test_an_offset_waits_for_the_answer_to_the_one_before_unless_it_is_the_last() -> None:
     tracker = OffsetTracker()
     for end in (10, 20):
         tracker.handed_out(HERE, end)
         tracker.finished(HERE, end)
         tracker.committed(tracker.committable())
-    tracker.not_committed({HERE: 10})
+    assert tracker.committable() == {}
+    tracker.answered({HERE: 10}, {})
+    assert tracker.committable() == {HERE: 20}
+
+    tracker.committed({HERE: 20})
+    tracker.handed_out(HERE, 30)
+    tracker.finished(HERE, 30)
+    tracker.wait_no_longer({THERE})
+    assert tracker.committable() == {}
+    tracker.wait_no_longer({HERE})
+    assert tracker.committable() == {HERE: 30}
+    tracker.committed({HERE: 30})
+    tracker.answered({}, {HERE: 20})  # late, and of no interest any more
+    tracker.answered({HERE: 30}, {})
     assert tracker.committable() == {}
 
 
@@ -93,7 +109,8 @@ class _Partition:
     ends: list[int] = field(default_factory=list)
     begun: set[int] = field(default_factory=set)
     saved: set[int] = field(default_factory=set)
-    on_record: int = 0  # highest offset that was sent to the broker
+    on_record: int = 0  # what the broker took last
+    sent: list[int] = field(default_factory=list)  # and not answered
 
     @property
     def first_unsaved(self) -> int:
@@ -138,16 +155,23 @@ class AnyInterleaving(RuleBasedStateMachine):
             truth.saved.add(end)
             self.tracker.finished(place, end)
 
-    @rule(taken=st.booleans())
-    def commit(self, taken: bool) -> None:
+    @rule()
+    def commit(self) -> None:
         offsets = self.tracker.committable()
         self.tracker.committed(offsets)
         for place, offset in offsets.items():
             assert offset <= self.truth[place].first_unsaved
+            self.truth[place].sent.append(offset)
+
+    @rule(place=places, taken=st.booleans(), pick=st.integers(0, 5))
+    def answer(self, place: tuple[str, int], taken: bool, pick: int) -> None:
+        """What was sent earlier may come later."""
+        truth = self.truth[place]
+        if truth.sent:
+            offset = truth.sent.pop(pick % len(truth.sent))
             if taken:
-                self.truth[place].on_record = offset
-        if not taken:
-            self.tracker.not_committed(offsets)
+                truth.on_record = offset
+            self.tracker.answered(*({place: offset}, {})[:: 1 if taken else -1])
 
     @rule(place=places)
     def lose_the_partition(self, place: tuple[str, int]) -> None:
@@ -166,9 +190,13 @@ class AnyInterleaving(RuleBasedStateMachine):
             assert self.tracker.in_hand({place}) == len(truth.begun - truth.saved)
 
     def teardown(self) -> None:
-        self.commit(taken=True)
+        for place, truth in self.truth.items():
+            while truth.sent:
+                self.answer(place, taken=True, pick=len(truth.sent) - 1)  # the earliest last
+        self.commit()
         for truth in self.truth.values():
-            assert truth.on_record == truth.first_unsaved
+            on_record = truth.sent[-1] if truth.sent else truth.on_record
+            assert on_record == truth.first_unsaved
 
 
 TestAnyInterleaving = AnyInterleaving.TestCase
