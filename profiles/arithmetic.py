@@ -43,6 +43,8 @@ _ENTRY: Final = schema.WINDOW_ENTRY.itemsize
 _TALLIED: Final = np.dtype([("key", "<u8"), ("mass", "<f4")])
 _TALLY: Final = _TALLIED.itemsize
 _FENCE: Final = schema.FENCE_HEADER.itemsize
+_FIELDS: Final[Any] = schema.header_dtype(1, 1).fields
+_SPACE: Final = slice(_FIELDS["space"][1], _FIELDS["space"][1] + 8)  # of a state
 _T_MS: Final = struct.Struct("<q")
 _FENCE_HEADER: Final = struct.Struct("<QQq")
 _WATERMARK: Final = struct.Struct("<Qq")
@@ -233,8 +235,7 @@ def unpack(
     size = layout.header.itemsize
     blank = blank_header(layout).tobytes()
     stored = [blank if state is None else state for state in states]
-    heads = bytearray().join([state[:size].ljust(size, b"\0") for state in stored])
-    header = np.frombuffer(heads, dtype=layout.header)
+    header = heads(stored, layout)
     lengths = np.fromiter(map(len, stored), np.int64, len(stored))
     _check(header, lengths, layout)
     a = size + header["window_n"].astype(np.int64) * _ENTRY
@@ -738,11 +739,58 @@ def migrate(
         header["sums"][users, k] += np.add.reduceat(moved, starts, axis=0)
 
 
+def elsewhere(states: Sequence[bytes], space: int) -> list[int]:
+    """The positions of states in another space or in none; b"" is no state."""
+    here = space.to_bytes(_SPACE.stop - _SPACE.start, "little")
+    return [i for i, state in enumerate(states) if state and state[_SPACE] != here]
+
+
+def plain_spaces(states: Sequence[bytes], layout: Layout) -> Keys64:
+    """(n,) the spaces of states that `Kernel.carry` is made for; 0 where a state is of another
+    layout or version, has events that wait for an item's text, or is in no space yet."""
+    header = heads(states, layout)
+    want = np.asarray(layout.half_lives_s, dtype="<f4")
+    fit = (
+        (header["version"] == schema.SCHEMA_VERSION)
+        & (header["dimensions"] == layout.dimensions)
+        & (header["scales"] == len(want))
+        & (header["half_lives_s"] == want).all(axis=1)
+        & (header["pending_n"] == 0)
+    )
+    return np.where(fit, header["space"], np.uint64(0))
+
+
+def heads(states: Sequence[bytes], layout: Layout) -> NDArray[np.void]:
+    """(n,) headers, to be written to; zeros beyond the end of a state that is shorter."""
+    size = layout.header.itemsize
+    heads = bytearray().join([state[:size].ljust(size, b"\0") for state in states])
+    return np.frombuffer(heads, dtype=layout.header)
+
+
+def folded_entries(
+    states: Sequence[bytes], header: NDArray[np.void], layout: Layout
+) -> tuple[Ints, NDArray[np.void]]:
+    """The entries of windows whose item's vector is in the sums, and whose each of them is; of
+    states in which nothing waits for a text."""
+    size, lengths = layout.header.itemsize, header["window_n"].astype(np.int64)
+    ends = (size + lengths * _ENTRY).tolist()
+    raw = b"".join([state[size:end] for state, end in zip(states, ends, strict=True)])
+    entries = np.frombuffer(raw, dtype=schema.WINDOW_ENTRY)
+    folded = _is_folded(entries)
+    return np.repeat(np.arange(len(states)), lengths)[folded], entries[folded]
+
+
+def _is_folded(entries: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Whether an entry is of an item's vector, and not of a text of its own."""
+    folded: NDArray[np.bool_] = (entries["item"] != 0) & (entries["flags"] & schema.FLAG_TEXT == 0)
+    return folded
+
+
 def _folded_entries(profiles: Profiles, row: int) -> NDArray[Any]:
     """The window entries of a user whose item's vector is in the sums: those of an item, and not
     waiting for its text. An entry that is there twice and waits once counts once."""
     entries = np.frombuffer(profiles.window[row], dtype=schema.WINDOW_ENTRY)
-    folded = (entries["item"] != 0) & (entries["flags"] & schema.FLAG_TEXT == 0)
+    folded = _is_folded(entries)
     if profiles.pending[row]:
         raw = profiles.pending[row]
         waiting = Counter(raw[i : i + _ENTRY] for i in range(0, len(raw), _ENTRY))

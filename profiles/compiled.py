@@ -909,3 +909,21 @@ def fold(shape, users, events, save, out):
             count = length = 0
             call += 1
     return total
+
+
+# --- to another space ----------------------------------------------------------------------
+
+
+@compiled
+def carry(shape, sums, row, age_ms, weight, at, change):
+    """Add to sums (n * K, D) what m window entries of users `row` are by `change` (u, D): entry i
+    is of item at[i], or of one that is not known, -1."""
+    for i in range(len(row)):
+        if at[i] < 0:
+            continue
+        of = change[at[i]]
+        for k in range(shape.scales):
+            share = np.float32(np.exp2(-age_ms[i] / shape.half_lives_ms[k]) * weight[i])
+            to = sums[row[i] * shape.scales + k]
+            for d in range(shape.dimensions):
+                to[d] += share * of[d]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import compiled, schema
+from . import arithmetic, compiled, schema
 from .arithmetic import RENEW_SHARE, EventColumns, Layout, blank_header
 from .compiled import (
     LEFT,
@@ -40,8 +40,12 @@ from .trail import Steps
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 Keys64 = NDArray[np.uint64]
+Floats = NDArray[np.float32]
 
 
+ChangesOf = Callable[[Keys64], tuple[Keys64, Floats]]
+"""Keys of items (u,) -> those of which it is known, and perhaps more, ascending (v,), and what the
+items' vectors are in the new space beyond the map: new - old @ transition (v, D)."""
 NamesOf = Callable[[Sequence[int]], Mapping[int, str]]
 _NAMES_KEPT = 100_000
 
@@ -98,6 +102,7 @@ class Kernel:
         self, layout: Layout, keys: schema.Keys, script_sha: str, ttl_s: int, chunk: int
     ) -> None:
         """`chunk`: users per call of the script."""
+        self._layout = layout
         self._shape = Shape(
             len(layout.half_lives_s),
             layout.dimensions,
@@ -159,12 +164,43 @@ class Kernel:
         payload = memoryview(out.payload)[:length]  # type: ignore[arg-type]
         return Folded(payload, out, columns.row - first, self._chunk)
 
+    def carry(
+        self, states: Sequence[bytes], transition: Floats, changes_of: ChangesOf, space: int
+    ) -> list[bytes]:
+        """What `arithmetic.migrate` does, for the states of n users in one other space, which
+        `arithmetic.plain_spaces` names."""
+        layout, shape = self._layout, self._shape
+        header = arithmetic.heads(states, layout)
+        row, entries = arithmetic.folded_entries(states, header, layout)
+        sums = np.ascontiguousarray(header["sums"]).reshape(-1, shape.dimensions) @ transition
+        keys, change = changes_of(np.unique(entries["item"]))
+        if len(keys):
+            at = np.minimum(np.searchsorted(keys, entries["item"]), len(keys) - 1)
+            at[keys[at] != entries["item"]] = -1
+            columns = (header["updated_ms"][row] - entries["t_ms"], entries["weight"], at)
+            compiled.carry(shape, sums, row, *map(np.ascontiguousarray, columns), change)
+        header["sums"] = sums.reshape(header["sums"].shape)
+        header["space"] = space
+        raw, size = header.tobytes(), layout.header.itemsize
+        return [raw[i * size : (i + 1) * size] + s[size:] for i, s in enumerate(states)]
+
     def warm_up(self) -> None:
         """Compile the kernel, or load what was compiled before."""
         nobody: dict[str, Any] = {name: np.zeros(0, dtype) for name, dtype in _COLUMNS.items()}
         nobody["vector"] = np.zeros((0, self._shape.dimensions), np.float32)
         self.fold(
             [], [], EventColumns(**nobody), 0, 0, 0, 0.0, lambda keys: {}, (), Steps("", [], 0)
+        )
+        width = self._shape.dimensions
+        state = np.zeros(1, self._layout.header)
+        state["window_n"] = 1
+        entry = np.ones(1, schema.WINDOW_ENTRY)
+        entry["flags"] = 0
+        self.carry(
+            [state.tobytes() + entry.tobytes()],
+            np.zeros((width, width), np.float32),
+            lambda keys: (keys, np.zeros((len(keys), width), np.float32)),
+            0,
         )
 
     def _out(self, users: Users, m: int, longest: int, tails: Texts) -> Out:

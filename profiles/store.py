@@ -11,7 +11,7 @@ It does not know events, topics or encoders.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Final
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 _CHUNK: Final = 64
 
 
+Carry = Callable[[Sequence[bytes], "Kernel"], Mapping[int, bytes]]
+"""States of n users (b"" for none) -> position -> what it is in another space."""
+
+
 @dataclass(frozen=True)
 class FoldedHere:
     """What became of n users and their events in `ProfileStore.fold`."""
@@ -46,6 +50,7 @@ class FoldedHere:
     again: list[int]  # users to be folded the general way, from a load on
     refused: int  # how many of these are there because another writer overtook this one
     saved: int  # users
+    moved: int  # of these, users whose profile came from another space
 
 
 class ProfileStore:
@@ -134,19 +139,23 @@ class ProfileStore:
         now_s: float,
         fates: Fates,
         sources: Collection[int],
+        carry: Carry = lambda states, kernel: {},
     ) -> FoldedHere:
         """Load, fold and save n users, no user twice, who are rows `first`, … of the events: in
         one go for those about whom nothing is out of the ordinary.
 
         names_of: category keys -> the names that are known. fates: of the events. sources: of all
-        partitions that there are today. Raises RedisUnavailable; then any part may be saved, and
+        partitions that there are today. carry: brings states into the space. Raises what that
+        does, and RedisUnavailable; then any part may be saved, and
         folding again tells which. Raises WritesLost.
         """
         rows = self._rows(user_ids)
+        carried = carry([state for state, _ in rows], self._kernel)
+        here = [(carried.get(i, state), fence) for i, (state, fence) in enumerate(rows)]
         writer = next(self._writers) % (1 << 64)
         with steps_of(self._marks, self._keys, -(-len(user_ids) // _CHUNK)) as steps:
             folded = self._kernel.fold(
-                user_ids, rows, events, first, space, writer, now_s, names_of, sources, steps
+                user_ids, here, events, first, space, writer, now_s, names_of, sources, steps
             )
             at = np.flatnonzero(folded.fate)
             fates.folded(at, folded.fate[at], [user_ids[i] for i in folded.split.tolist()])
@@ -159,7 +168,8 @@ class ProfileStore:
         saved = np.setdiff1d(folded.written, refused).tolist()
         self._cache.put((user_ids[i], folded.row(i)) for i in saved)
         self._cache.put((user_ids[i], rows[i]) for i in folded.left.tolist())
-        return FoldedHere([*folded.left.tolist(), *refused.tolist()], len(refused), len(saved))
+        again = [*folded.left.tolist(), *refused.tolist()]
+        return FoldedHere(again, len(refused), len(saved), len(carried.keys() & set(saved)))
 
     def _refuse_by_name(self, key: str, state: bytes | None, fence: bytes | None) -> None:
         try:

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +35,17 @@ from profiles.schema import FLAG_TEXT, WINDOW_ENTRY
 
 from .catalogue import Catalogue
 
+if TYPE_CHECKING:
+    from profiles.kernel import Kernel
+
 log = logging.getLogger(__name__)
 
 # Vectors of a space that is being left; popular items are in most windows. 32 MiB at D = 128.
 _OLD_VECTORS: Final = 65_536
 # Items that a missing map is fitted on.
 _FIT_ITEMS: Final = 4_096
+
+_NO_KEYS: Final = np.zeros(0, np.uint64)
 
 # Some users' profiles; their rows among all that were loaded; the space to fold into; and which
 # of them were moved there just now, counted within the part.
@@ -55,6 +61,7 @@ class Migrator:
         self._layout = layout
         self._maps: dict[tuple[int, int], Floats] = {}
         self._old: dict[tuple[int, int], Floats] = {}  # (space, item key)
+        self._changed: dict[tuple[int, int], tuple[Keys64, Floats]] = {}
 
     def bring(self, profiles: Profiles, catalogue: Catalogue) -> list[Part]:
         """Move profiles into the catalogue's space, but for those that are ahead of it; parts
@@ -82,6 +89,28 @@ class Migrator:
         here = {i for i, row in enumerate(rest) if row in moved}
         return [(arithmetic.take(profiles, rest), rest, own, here), *ahead]
 
+    def carry(
+        self, states: Sequence[bytes], kernel: Kernel, catalogue: Catalogue
+    ) -> dict[int, bytes]:
+        """What `bring` does to profiles about which nothing else is out of the ordinary, from bytes
+        to bytes: position -> state in the catalogue's space. The others are left out. Raises as
+        `bring`."""
+        foreign = arithmetic.elsewhere(states, catalogue.space)
+        if not foreign:
+            return {}
+        current = self._items.current_space()
+        spaces = arithmetic.plain_spaces([states[i] for i in foreign], self._layout)
+        carried: dict[int, bytes] = {}
+        for space in np.unique(spaces[spaces != 0]).tolist():
+            if _name(space) == current:
+                continue
+            users = [foreign[i] for i in np.flatnonzero(spaces == space).tolist()]
+            old, way = [states[i] for i in users], self.map(space, catalogue.space)
+            changes_of = partial(self._changes, space, catalogue)
+            new = kernel.carry(old, way, changes_of, catalogue.space)
+            carried |= zip(users, new, strict=True)
+        return carried
+
     def express(self, items: Keys64, vectors: Floats, space: int, other: int) -> Floats:
         """Vectors (m, D) of `space` as those of `other`: an item's own where it has one there, else
         through the map; items (m,) with 0 for none. Zero rows stay zero."""
@@ -106,18 +135,47 @@ class Migrator:
 
     def forget_vectors(self) -> None:
         """Let go of the vectors of spaces that were left."""
-        self._old = {}
+        self._old, self._changed = {}, {}
 
     def _move(
         self, profiles: Profiles, rows: Sequence[int], space: int, catalogue: Catalogue
     ) -> None:
-        keys = _window_items(profiles, rows)
+        way = self._way_for(space, _window_items(profiles, rows), catalogue)
+        arithmetic.migrate(profiles, rows, *way, self._layout, catalogue.space)
+
+    def _way_for(
+        self, space: int, keys: Sequence[int], catalogue: Catalogue
+    ) -> tuple[Floats, Mapping[int, Floats], Mapping[int, Floats]]:
+        """The map into the catalogue's space, and these items' vectors in either."""
         old = self._vectors(space, keys)
         asked = list(old)
         got = catalogue.resolve(asked, {})
         new = {k: v for k, v, ok in zip(asked, got.vectors, got.found, strict=True) if ok}
-        transition = self.map(space, catalogue.space)
-        arithmetic.migrate(profiles, rows, transition, old, new, self._layout, catalogue.space)
+        return self.map(space, catalogue.space), old, new
+
+    def _changes(self, space: int, catalogue: Catalogue, keys: Keys64) -> tuple[Keys64, Floats]:
+        """See `ChangesOf`. What was found is remembered, as it was when it was first asked for."""
+        way = (space, catalogue.space)
+        known, change = self._changed.get(way, (_NO_KEYS, np.zeros((0, 0), np.float32)))
+        missing = np.setdiff1d(keys, known, assume_unique=True)
+        if not len(missing):
+            return known, change
+        transition, old, new = self._way_for(space, missing.tolist(), catalogue)
+        if new:
+            found = np.sort(np.fromiter(new, np.uint64, len(new)))
+            before, after = (np.stack([v[k] for k in found.tolist()]) for v in (old, new))
+            more = (after - before.astype(np.float64) @ transition).astype(np.float32)
+            kept = (
+                (known, change)
+                if len(known) + len(found) <= _OLD_VECTORS
+                else (found[:0], more[:0])
+            )
+            both = np.concatenate([kept[0], found])
+            order = np.argsort(both)
+            rows = np.concatenate([kept[1].reshape(-1, more.shape[1]), more])
+            # Never changed in place: another thread may be reading it.
+            known, change = self._changed[way] = both[order], rows[order]
+        return known, change
 
     def _vectors(self, space: int, keys: Sequence[int]) -> dict[int, Floats]:
         held = self._old  # never changed in place: another thread may be reading it

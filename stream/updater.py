@@ -456,8 +456,10 @@ class Updater:
             self._clock(),
             prepared.fates,
             prepared.today,
+            partial(self._migrator.carry, catalogue=catalogue),
         )
         metrics.SAVES.inc(done.saved)
+        metrics.PROFILES_MIGRATED.labels("touch").inc(done.moved)
         metrics.SAVES_REFUSED.inc(done.refused)
         if done.again:
             self._rounds(_all_of(prepared).of([begin + row for row in done.again]))

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from model.transition import fit_orthogonal
 from profiles import Profile, arithmetic
-from profiles.arithmetic import Floats, Layout
+from profiles.arithmetic import Floats, Keys64, Layout
+from profiles.comparison import differing
+from profiles.kernel import Kernel
+from profiles.schema import Keys
 from tests import oracle
 from tests.oracle import Event
 from tests.profile_events import (
@@ -35,6 +38,7 @@ ROOMY_RULES = oracle.Rules(ROOMY.half_lives_s, ROOMY.window, ROOMY.seen, ROOMY.c
 _drawn = np.random.default_rng(31).standard_normal((len(ITEM_KEYS), DIMENSIONS))
 _unit = (_drawn / np.linalg.norm(_drawn, axis=1, keepdims=True)).astype(np.float32)
 NEXT_VECTOR_OF = dict(zip(ITEM_KEYS, _unit, strict=True))
+KERNEL = Kernel(LAYOUT, Keys("shop"), "0" * 40, 0, 64)
 IDENTITY = np.eye(DIMENSIONS, dtype=np.float32)
 
 
@@ -95,6 +99,38 @@ def test_the_identity_into_the_same_vectors_changes_nothing_but_the_space(
         assert (moved.watermark, moved.categories) == (profile.watermark, profile.categories)
         assert moved.own == profile.own
         assert (moved.events, moved.pending) == (profile.events, profile.pending)
+
+
+@given(histories(), maps())
+def test_bytes_are_carried_as_profiles_are_moved(events: list[Event], transition: Floats) -> None:
+    shelf = folded(events, LAYOUT)
+    users, states = list(shelf.states), list(shelf.states.values())
+    elsewhere = set(arithmetic.elsewhere([*states, b""], NEXT_SPACE))
+    assert elsewhere == set(range(len(states)))
+    assert arithmetic.elsewhere(states, SPACE) == [
+        i for i, user in enumerate(users) if not shelf.profile(user).space
+    ]
+    spaces = arithmetic.plain_spaces(states, LAYOUT)
+    rows = np.flatnonzero(spaces)
+    assert rows.tolist() == [
+        i
+        for i, user in enumerate(users)
+        if shelf.profile(user).space and not shelf.profile(user).pending
+    ]
+    mine = [states[row] for row in rows]
+    new = {key: NEXT_VECTOR_OF[key] for key in sorted(ITEM_KEYS)[1:]}  # one is not there yet
+
+    def changes_of(items: Keys64) -> tuple[Keys64, Floats]:
+        known = np.asarray([key for key in items.tolist() if key in new], dtype=np.uint64)
+        change = [new[key] - VECTOR_OF[key] @ transition for key in known.tolist()]
+        return known, np.asarray(change, dtype=np.float32).reshape(-1, DIMENSIONS)
+
+    carried = KERNEL.carry(mine, transition, changes_of, NEXT_SPACE)
+    moved = migrated(shelf, transition, VECTOR_OF, new)
+    for row, state in zip(rows.tolist(), carried, strict=True):
+        profile = arithmetic.decode(users[row], state, shelf.fences[users[row]])
+        assert differing(profile, moved[users[row]], LAYOUT.own_items, 1e-6) == []
+        assert state[LAYOUT.header.itemsize :] == shelf.states[users[row]][LAYOUT.header.itemsize :]
 
 
 @given(histories(), maps())
