@@ -154,7 +154,6 @@ WAITING_TTL_S: Final = 30 * 86_400
 TRAIL_TTL_S: Final = 86_400
 # Field of the marks: 1 where offsets were committed before there were marks, else 0.
 OLDER: Final = "older"
-# Field of the marks: 1 where offsets were committed before there were marks, else 0.
 SWEEP_TURN_S: Final = 30
 SWEEP_TTL_S: Final = 30 * 86_400
 BUILD_TURN_S: Final = 15
