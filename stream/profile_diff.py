@@ -110,8 +110,8 @@ def _compare(
             found.only_left += 1
         else:
             found.apart += 1
-    elif one.watermark != other.watermark:
-        found.apart += 1
+    elif one.watermark != other.watermark or one.pending != other.pending:
+        found.apart += 1  # as is who waits for an item's text on one side, and has it on the other
     else:
         found.compared += 1
         names = differing(one, other, own_items)

@@ -132,6 +132,11 @@ def test_what_will_still_be_read_is_not_lost() -> None:
     assert (new.apart, new.lost) == (1, {})
 
 
+def test_who_waits_for_a_text_on_one_side_only_is_apart() -> None:
+    found = _lost(_profile(), _profile(pending=1))
+    assert (found.compared, found.apart, found.lost) == (0, 1, {})
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
