@@ -763,8 +763,8 @@ def plain_spaces(states: Sequence[bytes], layout: Layout) -> Keys64:
 def heads(states: Sequence[bytes], layout: Layout) -> NDArray[np.void]:
     """(n,) headers, to be written to; zeros beyond the end of a state that is shorter."""
     size = layout.header.itemsize
-    heads = bytearray().join([state[:size].ljust(size, b"\0") for state in states])
-    return np.frombuffer(heads, dtype=layout.header)
+    joined = bytearray().join([state[:size].ljust(size, b"\0") for state in states])
+    return np.frombuffer(joined, dtype=layout.header)
 
 
 def folded_entries(

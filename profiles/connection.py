@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from .errors import GenerationRetired, RedisIsCluster, RedisUnavailable, WritesLost
 
@@ -123,6 +123,18 @@ def refuse_cluster(client: redis.Redis, where: str) -> None:
     with redis_errors(where):
         if client.info("cluster").get("cluster_enabled"):
             raise _is_cluster(where)
+
+
+def scan_pages(client: redis.Redis, pattern: str, count: int, where: str) -> Iterator[list[bytes]]:
+    """The keys that match, about `count` at a time, in no order and some perhaps twice; a page may
+    be empty. Raises RedisUnavailable."""
+    cursor = -1
+    while cursor != 0:
+        with redis_errors(where):
+            cursor, found = cast(
+                tuple[int, list[bytes]], client.scan(max(cursor, 0), match=pattern, count=count)
+            )
+        yield found
 
 
 def _is_cluster(where: str) -> RedisIsCluster:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, cast
 
 from . import schema
-from .connection import address, redis_errors
+from .connection import address, redis_errors, scan_pages
 from .scripts import run_script
 
 if TYPE_CHECKING:
@@ -83,15 +83,10 @@ class Generations:
         removed = 0
         keys = schema.Keys(self._keys.namespace, number)
         for pattern in _patterns(keys):
-            cursor = -1
-            while cursor:
+            for found in scan_pages(self._client, pattern, _PAGE, self._where):
                 began_s = time.monotonic()
-                with redis_errors(self._where):
-                    cursor, found = cast(
-                        tuple[int, list[bytes]],
-                        self._client.scan(max(cursor, 0), match=pattern, count=_PAGE),
-                    )
-                    if found:
+                if found:
+                    with redis_errors(self._where):
                         self._client.unlink(*found)
                 removed += len(found)
                 yield removed

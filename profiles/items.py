@@ -15,7 +15,7 @@ import numpy as np
 
 from . import ranking, schema
 from .arithmetic import Floats
-from .connection import address, knows_command, redis_errors
+from .connection import address, knows_command, redis_errors, scan_pages
 from .marks import Marks, steps_of, write
 from .schema import ItemRecord, read_record
 from .scripts import run_script, script_sha
@@ -115,16 +115,14 @@ class ItemStore:
     def all_records(self) -> Iterator[ItemRecord]:
         """Every item that is known, deleted ones too, in no order; one that comes or goes meanwhile
         may be among them or not."""
-        cursor = -1
-        with redis_errors(self._where):
-            while cursor:
-                cursor, keys = self._client.scan(
-                    max(cursor, 0), self._keys.every_item(), _KEYS_PER_SCAN
-                )
+        pages = scan_pages(self._client, self._keys.every_item(), _KEYS_PER_SCAN, self._where)
+        for keys in pages:
+            with redis_errors(self._where):
                 pipe = self._client.pipeline(transaction=False)
                 for key in keys:
                     pipe.hget(key, "record")
-                yield from (read_record(raw) for raw in pipe.execute() if raw is not None)
+                found = pipe.execute()
+            yield from (read_record(raw) for raw in found if raw is not None)
 
     # vectors
 
@@ -194,16 +192,7 @@ class ItemStore:
 
     def item_pages(self) -> Iterator[list[int]]:
         """The keys of all items, in no order and some perhaps twice."""
-        prefix = self._keys.item(0)[:-16]
-        cursor = -1
-        while cursor != 0:
-            with redis_errors(self._where):
-                cursor, found = cast(
-                    tuple[int, list[bytes]],
-                    self._client.scan(max(cursor, 0), match=f"{prefix}*", count=1_000),
-                )
-            if found:
-                yield [int(key[-16:], 16) for key in found]
+        return self._pages(self._keys.item(0))
 
     def rely(self) -> None:
         """On what was read so far, whoever wrote it: a Redis that loses that loses this as well,
@@ -303,14 +292,12 @@ class ItemStore:
 
     def awaited_pages(self) -> Iterator[list[int]]:
         """The keys of all items that users wait for, in no order and some perhaps twice."""
-        prefix = self._keys.waiting(0)[:-16]
-        cursor = -1
-        while cursor != 0:
-            with redis_errors(self._where):
-                cursor, found = cast(
-                    tuple[int, list[bytes]],
-                    self._client.scan(max(cursor, 0), match=f"{prefix}*", count=_KEYS_PER_SCAN),
-                )
+        return self._pages(self._keys.waiting(0))
+
+    def _pages(self, of_zero: str) -> Iterator[list[int]]:
+        """The item keys that redis keys end in, which are named as that of item 0."""
+        pattern = f"{of_zero[:-16]}*"
+        for found in scan_pages(self._client, pattern, _KEYS_PER_SCAN, self._where):
             if found:
                 yield [int(key[-16:], 16) for key in found]
 

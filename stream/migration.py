@@ -165,14 +165,10 @@ class Migrator:
             found = np.sort(np.fromiter(new, np.uint64, len(new)))
             before, after = (np.stack([v[k] for k in found.tolist()]) for v in (old, new))
             more = (after - before.astype(np.float64) @ transition).astype(np.float32)
-            kept = (
-                (known, change)
-                if len(known) + len(found) <= _OLD_VECTORS
-                else (found[:0], more[:0])
-            )
-            both = np.concatenate([kept[0], found])
+            if not len(known) or len(known) + len(found) > _OLD_VECTORS:
+                known, change = found[:0], more[:0]
+            both, rows = np.concatenate([known, found]), np.concatenate([change, more])
             order = np.argsort(both)
-            rows = np.concatenate([kept[1].reshape(-1, more.shape[1]), more])
             # Never changed in place: another thread may be reading it.
             known, change = self._changed[way] = both[order], rows[order]
         return known, change

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from profiles import arithmetic
 from profiles.arithmetic import Profile, Profiles
 from profiles.comparison import differing
-from profiles.connection import redis_errors
+from profiles.connection import redis_errors, scan_pages
 from profiles.schema import FENCE, STATE, Keys
 
 if TYPE_CHECKING:
@@ -153,13 +153,7 @@ def _lacks(
 def pages(client: redis.Redis, keys: Keys) -> Iterator[list[str]]:
     """All users of a generation; some perhaps twice."""
     prefix, suffix = (part.encode() for part in keys.profile("\0").split("\0"))
-    cursor = -1
-    while cursor:
-        with redis_errors("REDIS_URL"):
-            cursor, found = cast(
-                tuple[int, list[bytes]],
-                client.scan(max(cursor, 0), match=prefix + b"*", count=_PAGE),
-            )
+    for found in scan_pages(client, f"{prefix.decode()}*", _PAGE, "REDIS_URL"):
         yield [key.removeprefix(prefix).removesuffix(suffix).decode() for key in found]
 
 
