@@ -439,6 +439,22 @@ end
 return refused
 """
 
+# KEYS: profile keys. ARGV, three per key: fence of the profile that was moved to another space, new
+# fence, state; nothing else of it is of a space. Reply: positions (from 1) that were refused.
+MOVE_SCRIPT: Final = """
+local refused = {}
+for i = 1, #KEYS do
+  local at = 3 * i - 2
+  local stored = redis.call('HGET', KEYS[i], 'fence')
+  if stored == ARGV[at] then
+    redis.call('HSET', KEYS[i], 'fence', ARGV[at + 1], 'state', ARGV[at + 2])
+  elseif stored ~= ARGV[at + 1] then
+    refused[#refused + 1] = i
+  end
+end
+return refused
+"""
+
 # KEYS: neighbours keys. No ARGV. Reply: tally, near, fence, tally, near, fence, …
 LOAD_NEIGHBOURS_SCRIPT: Final = """
 local out = {}

@@ -108,9 +108,36 @@ class ProfileStore:
             rows[i] = row
         return [row for row in rows if row is not None]
 
-    def forget_cached(self) -> None:
-        """Load every profile from Redis the next time: others may have written meanwhile."""
-        self._cache.clear()
+    def move(
+        self, user_ids: Sequence[str], space: int, carry: Carry
+    ) -> tuple[list[int], list[int]]:
+        """Save what `carry` brings into `space` of n users' profiles, and nothing else of them; the
+        positions of who was moved, and of who is in another space yet and was left out. Whoever was
+        saved by others meanwhile is among neither. Raises as `carry`, and RedisUnavailable."""
+        rows = self._rows(user_ids)
+        states = [state for state, _ in rows]
+        carried = carry(states, self._kernel)
+        users = list(carried)
+        before = [rows[i][1] for i in users]
+        watermarks = [arithmetic.read_fence(fence)[3] for fence in before]
+        writer = next(self._writers) % (1 << 64)
+        fences, _ = arithmetic.next_fences(
+            before, watermarks, writer, 0.0, self._ttl_s, may_renew=False
+        )
+        keys = [self._keys.profile(user_ids[i]) for i in users]
+        three = list(zip(before, fences, carried.values(), strict=True))
+        refused = self._run_for(schema.MOVE_SCRIPT, keys, three, range(len(users)))
+        left = [i for i in arithmetic.elsewhere(states, space) if i not in carried]
+        gone = {users[i] for i in refused}
+        return [i for i in users if i not in gone], left
+
+    def forget_cached(self, user_ids: Sequence[str] | None = None) -> None:
+        """Load these profiles, or all, from Redis the next time: others may have written
+        meanwhile."""
+        if user_ids is None:
+            self._cache.clear()
+        else:
+            self._cache.take(user_ids)
 
     def _fetch(self, user_ids: Sequence[str]) -> list[Row]:
         keys = [self._keys.profile(user_id) for user_id in user_ids]

@@ -228,6 +228,11 @@ class Catalogue:
             self._held.clear()
             self._category_names = {}
 
+    def held(self, most: int) -> list[int]:
+        """Up to so many of the items whose vectors are at hand, those met last."""
+        with self._lock:
+            return list(islice(reversed(self._held), most))
+
     def names_of(self, categories: Sequence[int]) -> dict[int, str]:
         """category key -> name, of those that profiles hold and any worker has met. Raises
         RedisUnavailable."""

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _OLD_VECTORS: Final = 65_536
 # Items that a missing map is fitted on.
 _FIT_ITEMS: Final = 4_096
+_READY_AT_ONCE: Final = 1_024
 
 _NO_KEYS: Final = np.zeros(0, np.uint64)
 
@@ -110,6 +111,17 @@ class Migrator:
             new = kernel.carry(old, way, changes_of, catalogue.space)
             carried |= zip(users, new, strict=True)
         return carried
+
+    def make_ready(self, space: str, catalogue: Catalogue) -> None:
+        """Do beforehand what the first profile of `space` would wait for. Raises RedisUnavailable,
+        and SpaceMismatch where no map leads from what is there into the catalogue's space."""
+        old, items = int(space, 16), catalogue.held(_OLD_VECTORS)
+        if old == catalogue.space or not items:
+            return
+        self.map(old, catalogue.space)
+        for start in range(0, len(items), _READY_AT_ONCE):
+            keys = np.array(sorted(items[start : start + _READY_AT_ONCE]), np.uint64)
+            self._changes(old, catalogue, keys)
 
     def express(self, items: Keys64, vectors: Floats, space: int, other: int) -> Floats:
         """Vectors (m, D) of `space` as those of `other`: an item's own where it has one there, else

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from model.engine import Engine
 from model.errors import EncoderSettingsInvalid, ModelError
@@ -23,7 +23,6 @@ from profiles.store import ProfileStore
 
 from . import metrics
 from .catalogue import Catalogue
-from .migration import Migrator
 from .settings import Settings
 from .sweeper import Sweeper
 from .updater import Updater
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     import redis
 
 log = logging.getLogger(__name__)
-
-# Of those that wait for an outlook: the others are for shoppers who act.
-_PLACES_OF_MOVED: Final = 0.5
 
 
 def publish_ranker(items: ItemStore, release: Release) -> None:
@@ -88,10 +84,10 @@ class Swapper:
             keys,
             store,
             items,
-            Migrator(settings.model.releases, items, updater.layout),
+            updater.migrator,
             lambda: updater.catalogue,
             lambda: wanted_space(settings.model.releases),
-            lambda users, catalogue: updater.foretell(users, catalogue, _PLACES_OF_MOVED),
+            updater.moved_elsewhere,
             per_s=settings.stream.sweep_per_s,
         )
         self.hot_swap = HotSwap(
@@ -133,6 +129,7 @@ class Swapper:
         catalogue = Catalogue(engine, self._items, release.load_item_vectors())
         count = catalogue.fill(lambda: self.hot_swap.ended)
         log.info("%d items are in space %s", count, release.space)
+        self._updater.migrator.make_ready(live.space, catalogue)
         return catalogue
 
     def _flip(self, release: Release, catalogue: Catalogue) -> None:

@@ -14,9 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
-
-import numpy as np
 
 from profiles.connection import redis_errors
 from profiles.errors import ProfilesError
@@ -173,24 +172,26 @@ class Sweeper:
 
     def _move(self, users: list[str], catalogue: Catalogue) -> int:
         """How many were moved. Who was saved by others meanwhile is theirs, or the next pass'."""
-        profiles = self._store.load(users)
-        stored = profiles.header["space"]
-        foreign = np.flatnonzero((stored != catalogue.space) & (stored != 0)).tolist()
-        if not foreign:
-            return 0
-        users = [users[row] for row in foreign]
-        profiles = self._store.load(users)
-        count = 0
-        for part, rows, _, moved in self._migrator.bring(profiles, catalogue):
-            if not moved:
-                continue
+        carry = partial(self._migrator.carry, catalogue=catalogue)
+        plain, left = self._store.move(users, catalogue.space, carry)
+        moved = [users[row] for row in plain]
+        moved += self._move_others([users[row] for row in left], catalogue)
+        self._moved(moved, catalogue)
+        metrics.PROFILES_MIGRATED.labels("sweep").inc(len(moved))
+        return len(moved)
+
+    def _move_others(self, users: list[str], catalogue: Catalogue) -> list[str]:
+        """Who was moved of those about whom something is out of the ordinary."""
+        if not users:
+            return []
+        done = list[str]()
+        for part, rows, _, moved in self._migrator.bring(self._store.load(users), catalogue):
+            here = sorted(moved)
+            names = catalogue.names_of(categories_of(part, here))
             ids = [users[row] for row in rows]
-            names = catalogue.names_of(categories_of(part, sorted(moved)))
-            refused = self._store.save(ids, part, sorted(moved), names, 0.0, renew=False)
-            self._moved([ids[row] for row in sorted(moved - set(refused))], catalogue)
-            count += len(moved) - len(refused)
-        metrics.PROFILES_MIGRATED.labels("sweep").inc(count)
-        return count
+            refused = self._store.save(ids, part, here, names, 0.0, renew=False)
+            done += [ids[row] for row in here if row not in refused]
+        return done
 
     def _page(self, cursor: int) -> tuple[int, list[str]]:
         prefix, suffix = (part.encode() for part in self._keys.profile("\0").split("\0"))
