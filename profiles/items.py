@@ -6,6 +6,7 @@ It does not know how a text becomes a vector, nor which topic an item came from.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -206,6 +207,7 @@ class ItemStore:
             for bucket in range(BUCKETS):
                 pipe.unlink(self._keys.vectors_bucket(space, bucket))
             pipe.unlink(self._keys.index(space), self._keys.ranker(space))
+            pipe.hdel(self._keys.spaces(), space)
             pipe.execute()
 
     def drop_vectors(self, space: str, item_ids: Iterable[str]) -> None:
@@ -231,10 +233,21 @@ class ItemStore:
         """Tell readers and other workers which space workers write now. Raises RedisUnavailable,
         WritesLost."""
         if self.current_space() != space:
-            keys = [self._keys.current_space(), self._keys.sweep(space)]
+            keys = [self._keys.current_space(), self._keys.sweep(space), self._keys.spaces()]
             with steps_of(self._marks, self._keys, 1) as steps:
-                named = steps.guard([(keys, [space])])
+                named = steps.guard([(keys, [space, int(time.time() * 1000)])])
                 run_script(self._client, schema.NAME_SPACE_SCRIPT, named, self._where)
+
+    def keep_space(self, space: str) -> None:
+        """Note that items have vectors in it, for `spaces`."""
+        with redis_errors(self._where):
+            self._client.hsetnx(self._keys.spaces(), space, "0")
+
+    def spaces(self) -> list[str]:
+        """All that items have vectors in; who was named as current last comes last."""
+        with redis_errors(self._where):
+            found = cast(dict[bytes, bytes], self._client.hgetall(self._keys.spaces()))
+        return [space.decode() for space in sorted(found, key=lambda space: int(found[space]))]
 
     def current_space(self) -> str:
         """The space that workers write now; "" before the first."""

@@ -307,6 +307,11 @@ class Keys:
         named; a worker of another space moves no profile out of it."""
         return f"{self.namespace}:space"
 
+    def spaces(self) -> str:
+        """Hash of the spaces that items have vectors in: space -> when it was last named as current
+        (unix ms); 0: never yet."""
+        return f"{self.namespace}:spaces"
+
     def marks(self) -> str:
         """Hash of how far this Redis is: source (16 hex digits) -> next offset of which all
         below is saved; and older: 1 where offsets were committed before there were marks."""
@@ -511,11 +516,16 @@ return {}
 # were lost.
 STEP_SCRIPT: Final = _GUARD + "return {}\n"
 
-# KEYS: the current space, the sweep into the one that is named, then the trail. ARGV: the space,
-# then the guard's three: a space is named only where its items are. With it current, an earlier
-# sweep into it must not look done.
+# KEYS: the current space, the sweep into the one that is named, all spaces, then the trail. ARGV:
+# the space, the time (unix ms), then the guard's three: a space is named only where its items are.
+# With it current, an earlier sweep into it must not look done.
 NAME_SPACE_SCRIPT: Final = (
-    _GUARD + "redis.call('UNLINK', KEYS[2])\nredis.call('SET', KEYS[1], ARGV[1])\nreturn {}\n"
+    _GUARD
+    + """redis.call('UNLINK', KEYS[2])
+redis.call('SET', KEYS[1], ARGV[1])
+redis.call('HSET', KEYS[3], ARGV[1], ARGV[2])
+return {}
+"""
 )
 
 # KEYS: a waiting set, then the trail. ARGV: user ids who were served, then the guard's three.

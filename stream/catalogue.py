@@ -124,6 +124,7 @@ class Catalogue:
         items. What is there already is not made again, so it may be repeated. Raises
         RedisUnavailable, WritesLost."""
         self._filled = self._store.beginnings
+        self._store.keep_space(self._engine.space)
         count = 0
         for keys in self._store.item_pages():
             for start in range(0, len(keys), _CHUNK):

@@ -152,6 +152,12 @@ SWEEP_MOVED: Final = Gauge(
     "Of those, profiles that it moved; others moved when their shopper did something",
     registry=REGISTRY,
 )
+SWEEP_SKIPPED: Final = Counter(
+    "penchant_sweep_skipped",
+    "Profiles that the sweep could not read and left as they are, in all its passes; its warnings "
+    "name them and say what to do",
+    registry=REGISTRY,
+)
 RELEASES_SWAPPED: Final = Counter(
     "penchant_releases_swapped", "Releases that this worker flipped to", registry=REGISTRY
 )

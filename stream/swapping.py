@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,9 @@ def publish_ranker(items: ItemStore, release: Release) -> None:
 
 def open_space(items: ItemStore, catalogue: Catalogue) -> None:
     """Name the catalogue's space as current, once all items are in it. Raises RedisUnavailable."""
-    if items.current_space() != catalogue.engine.space:
+    if items.current_space() == catalogue.engine.space:
+        items.keep_space(catalogue.engine.space)
+    else:
         catalogue.fill()
         items.set_space(catalogue.engine.space)
     publish_ranker(items, catalogue.engine.release)
@@ -74,8 +77,9 @@ class Swapper:
         keys: Keys,
         store: ProfileStore,
         items: ItemStore,
+        failed: Callable[[BaseException], None],
     ) -> None:
-        """`store` is for the sweeper alone."""
+        """`store` is for the sweeper alone; `failed` is told what ends its thread."""
         self._settings = settings
         self._updater = updater
         self._items = items
@@ -88,6 +92,7 @@ class Swapper:
             lambda: updater.catalogue,
             lambda: wanted_space(settings.model.releases),
             updater.moved_elsewhere,
+            failed,
             per_s=settings.stream.sweep_per_s,
         )
         self.hot_swap = HotSwap(
@@ -144,4 +149,4 @@ class Swapper:
         metrics.RELEASES_SWAPPED.inc()
         catalogue.refill()
         if before != release.space:
-            self._sweeper.wake(before)
+            self._sweeper.wake()

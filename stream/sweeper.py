@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from profiles.arithmetic import Profiles
 from profiles.connection import redis_errors
-from profiles.errors import ProfilesError
+from profiles.errors import LayoutMismatch, ProfilesError, SchemaTooNew, StateCorrupt
 from profiles.items import ItemStore
 from profiles.schema import SWEEP_TTL_S, SWEEP_TURN_S, Keys
 from profiles.store import ProfileStore
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _PAGE: Final = 256  # profiles in memory at a time
 _RETRY_S: Final = 2.0
+_UNREADABLE: Final = (StateCorrupt, SchemaTooNew, LayoutMismatch)
 _LOOK_S: Final = 5.0  # for another generation of profiles, which may have some to move
 
 
@@ -70,12 +72,13 @@ class Sweeper:
         catalogue: Callable[[], Catalogue],
         wanted_space: Callable[[], str],
         moved: Callable[[list[str], Catalogue], None],
+        failed: Callable[[BaseException], None],
         *,
         per_s: float,
     ) -> None:
         """`store` is not shared: a writer of its own, that remembers nothing. `catalogue` gives
         the one that serves, `wanted_space` the space that CURRENT leads to; `moved` is told who
-        was moved."""
+        was moved, `failed` what ends the thread."""
         self._client = client
         self._keys = keys
         self._store = store
@@ -84,11 +87,11 @@ class Sweeper:
         self._catalogue = catalogue
         self._wanted_space = wanted_space
         self._moved = moved
+        self._failed = failed
         self._per_s = per_s
         self._token = secrets.token_hex(8).encode()
         self._ended = threading.Event()
         self._wanted = threading.Event()
-        self._left: list[str] = []  # spaces that were live before, the latest last
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
 
     def start(self) -> None:
@@ -96,9 +99,8 @@ class Sweeper:
         self._wanted.set()
         self._thread.start()
 
-    def wake(self, left: str) -> None:
-        """Another space is live; `left` is the one before it."""
-        self._left.append(left)
+    def wake(self) -> None:
+        """Another space is live."""
         self._wanted.set()
 
     def stop(self, wait_s: float = 1.0) -> None:
@@ -109,6 +111,12 @@ class Sweeper:
             self._thread.join(wait_s)
 
     def _run(self) -> None:
+        try:
+            self._sweep_on()
+        except Exception as error:
+            self._failed(error)
+
+    def _sweep_on(self) -> None:
         generation = self._keys.generation
         while not self._ended.is_set():
             if not self._wanted.wait(_LOOK_S) and generation == self._keys.generation:
@@ -163,10 +171,10 @@ class Sweeper:
 
     def _finish(self, space: str) -> None:
         """What is live and what was before stay; rolling back must be quick."""
-        kept = {space, *self._left[-1:], self._wanted_space()}
-        for old in set(self._left) - kept:
+        others = [old for old in self._items.spaces() if old != space]
+        # Asked after that: who is filling another space by then does so because it is wanted.
+        for old in set(others[:-1]) - {self._wanted_space()}:
             self._items.drop_space(old)
-        self._left = [old for old in self._left if old in kept]
         self._migrator.forget_vectors()
         log.info("all profiles are in space %s", space)
 
@@ -185,13 +193,33 @@ class Sweeper:
         if not users:
             return []
         done = list[str]()
-        for part, rows, _, moved in self._migrator.bring(self._store.load(users), catalogue):
+        users, profiles = self._load(users)
+        for part, rows, _, moved in self._migrator.bring(profiles, catalogue):
             here = sorted(moved)
             names = catalogue.names_of(categories_of(part, here))
             ids = [users[row] for row in rows]
             refused = self._store.save(ids, part, here, names, 0.0, renew=False)
             done += [ids[row] for row in here if row not in refused]
         return done
+
+    def _load(self, users: list[str]) -> tuple[list[str], Profiles]:
+        """The profiles of those whose state can be read. One that cannot must not keep the others
+        from moving: nothing can read it in its own space either."""
+        try:
+            return users, self._store.load(users)
+        except _UNREADABLE:
+            pass
+        readable = [user for user in users if self._can_be_read(user)]
+        return readable, self._store.load(readable)
+
+    def _can_be_read(self, user: str) -> bool:
+        try:
+            self._store.load([user])
+        except _UNREADABLE as error:
+            metrics.SWEEP_SKIPPED.inc()
+            log.warning("the sweep leaves one profile out: %s", error)
+            return False
+        return True
 
     def _page(self, cursor: int) -> tuple[int, list[str]]:
         prefix, suffix = (part.encode() for part in self._keys.profile("\0").split("\0"))

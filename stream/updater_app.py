@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import faust
 from faust.app.base import BootStrategy
 from redis.exceptions import AuthenticationError
+from threadpoolctl import threadpool_limits
 
 from model.engine import Engine
 from model.releases import load_current
@@ -94,8 +95,11 @@ def profile_layout(settings: Settings, dimensions: int) -> Layout:
 
 
 def build_engine(settings: Settings) -> Engine:
-    """Of the live release. Raises ModelError."""
+    """Of the live release, for a process that serves. Raises ModelError."""
     model = settings.model
+    # Of numpy: its threads would wait for the next small product of a fold at full speed, and take
+    # a core for it.
+    threadpool_limits(1, user_api="blas")
     return Engine(
         load_current(model.releases),
         device=model.device,
@@ -214,11 +218,13 @@ def _warm_up(updater: Updater) -> None:
         log.info("compiled the scanner and the fold in %.0f s, for later starts too", took_s)
 
 
-def build_swapper(settings: Settings, updater: Updater) -> Swapper:
+def build_swapper(
+    settings: Settings, updater: Updater, failed: Callable[[BaseException], None]
+) -> Swapper:
     """What puts new releases into this updater. It sweeps with a store of its own."""
     client, keys = settings.redis.connection().open(), updater.items.keys
     store = _own_store(settings, updater.layout, client, keys)
-    return Swapper(settings, updater, client, keys, store, updater.items)
+    return Swapper(settings, updater, client, keys, store, updater.items, failed)
 
 
 def build_outlooks(
@@ -397,7 +403,7 @@ class Worker:
         patience = Patience(settings.redis.patience_s)
         marks = patience(lambda: build_marks(settings))
         updater = patience(lambda: build_updater(settings, engine, partitions, marks))
-        self._swapper = build_swapper(settings, updater)
+        self._swapper = build_swapper(settings, updater, self._failed)
         self._outlooks = build_outlooks(settings, updater, self._failed)
         self._pipeline = Pipeline(settings, updater, patience, self._failed, marks)
         self.error: BaseException | None = None

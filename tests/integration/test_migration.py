@@ -20,7 +20,7 @@ from model.text import item_text, text_version
 from profiles import ProfileReader, SpaceMismatch, arithmetic
 from profiles.arithmetic import EventColumns, Layout
 from profiles.items import ItemStore, Origin
-from profiles.schema import ItemRecord, Keys, key64
+from profiles.schema import SCHEMA_VERSION, ItemRecord, Keys, key64
 from profiles.store import ProfileStore
 from stream import metrics
 from stream.catalogue import Catalogue
@@ -117,8 +117,13 @@ def sweeper(
         lambda: catalogue,
         lambda: "",
         lambda users, catalogue: None,
+        _raise,
         per_s=per_s,
     )
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def spaces(store: ProfileStore) -> set[int]:
@@ -149,6 +154,53 @@ def test_a_sweep_moves_everybody_once_and_leaves_the_expiry(
     assert redis_client.ttl(Keys(namespace).profile("u0")) <= left_s
     wanted = new.resolve([key64("A-3")], {}).vectors[0]
     np.testing.assert_allclose(store.load(["u3"]).header["sums"][0, 0], wanted, atol=1e-5)
+
+
+def test_a_profile_that_cannot_be_read_keeps_no_other_from_moving(
+    base: Release,
+    items: ItemStore,
+    store: ProfileStore,
+    open_release: Open,
+    redis_client: redis.Redis,
+    namespace: str,
+) -> None:
+    fill(open_release(base), store)
+    broken, later = (Keys(namespace).profile(user) for user in ("u5", "u9"))
+    redis_client.hset(broken, "state", b"broken")
+    state = redis_client.hget(later, "state")
+    redis_client.hset(later, "state", (SCHEMA_VERSION + 1).to_bytes(2, "little") + state[2:])
+    new = open_release(build_turned_release(base, 2))
+    swept = sweeper(redis_client, namespace, base, store, items, new)
+    before = metrics.SWEEP_SKIPPED._value.get()
+    assert not swept.sweep()
+    assert swept.sweep()
+    assert metrics.SWEEP_SKIPPED._value.get() == before + 4  # two of them, in two passes
+    readable = [user for user in USERS if user not in ("u5", "u9")]
+    assert set(store.load(readable).header["space"].tolist()) == {new.space}
+    assert redis_client.hget(broken, "state") == b"broken"
+
+
+def test_spaces_that_were_left_go_whoever_sweeps(
+    base: Release,
+    items: ItemStore,
+    store: ProfileStore,
+    open_release: Open,
+    redis_client: redis.Redis,
+    namespace: str,
+) -> None:
+    chain = [base]
+    fill(open_release(base), store)
+    for seed in range(1, 4):
+        chain.append(build_turned_release(chain[-1], seed))
+        live = open_release(chain[-1])
+        passing_by = sweeper(redis_client, namespace, base, store, items, live)
+        while not passing_by.sweep():
+            pass
+    kept = [release.space for release in chain[-2:]]  # one for the way back
+    assert items.spaces() == kept
+    prefix = f"{namespace}:vectors:"
+    found = {key.decode().removeprefix(prefix)[:16] for key in redis_client.keys(f"{prefix}*")}
+    assert found == set(kept)
 
 
 def test_another_sweeper_goes_on_where_one_died(

@@ -49,8 +49,8 @@ pytestmark = [pytest.mark.kafka, pytest.mark.redis, pytest.mark.timeout(600)]
 
 SEED = 20261123
 HEAVY, LIGHT = 6, 120  # shoppers, with about 1,700 events
-# No bound is reached: every event is in the window, and so is moved exactly.
-RULES = oracle.Rules(window=400, categories=1_000)
+# Most of what the heavy ones did lies beyond the window, and moves by the map alone.
+RULES = oracle.Rules(window=20, categories=1_000)
 
 Start = Callable[[Settings, str], WorkerProcess]
 

@@ -125,7 +125,7 @@ class LocalWorker:
         patience = Patience(settings.redis.patience_s)
         marks = patience(lambda: build_marks(settings))
         self.updater = patience(lambda: build_updater(settings, engine, partitions, marks))
-        self.swapper = build_swapper(settings, self.updater)
+        self.swapper = build_swapper(settings, self.updater, self._fail)
         self.outlooks = build_outlooks(settings, self.updater, self._fail)
         self.pipeline = Pipeline(settings, self.updater, patience, self._fail, marks)
         self._batches: asyncio.Queue[MicroBatch] = asyncio.Queue()
