@@ -105,7 +105,7 @@ class StreamSettings(_Group):
     reject_window: Annotated[int, Field(ge=1)] = 10_000
     """Records over which the share of rejects is taken (and the fewest before it counts)."""
     drain_s: Annotated[float, Field(gt=0)] = 5.0
-    sweep_per_s: Annotated[float, Field(ge=0)] = 1000.0
+    sweep_per_s: Annotated[float, Field(ge=0)] = 5000.0
     """Untouched profiles moved to a new release's space per second; 0: on touch only."""
     outlook_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Of one core, for outlooks (next interest, purchase intent, churn) where the encoder has no
