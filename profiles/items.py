@@ -30,7 +30,7 @@ _CHANGES_KEPT: Final = 100_000
 _WAITERS_PER_READ: Final = 1_000
 _KEYS_PER_SCAN: Final = 1_000
 # Redis does nothing else while a script runs, and a vector takes up to a millisecond to index.
-_VECTORS_PER_CALL: Final = 16
+_VECTORS_PER_CALL: Final = 4
 
 
 @dataclass(frozen=True)

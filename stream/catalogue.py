@@ -38,6 +38,7 @@ _CATEGORIES_KEPT: Final = 100_000
 # Items stored and encoded at a time. A batch that fails resumes after its last full chunk, and
 # the other thread waits for the lock no longer than one takes.
 _CHUNK: Final = 256
+_FILLED_AT_ONCE: Final = 64
 # How long after a swap this worker also indexes what others change: they may serve the release
 # before for a while yet.
 _COMPLETES_S: Final = 600.0
@@ -118,19 +119,23 @@ class Catalogue:
         """Of its vectors, as profiles name it."""
         return int(self._engine.space, 16)
 
-    def fill(self, given_up: Callable[[], bool] = lambda: False) -> int:
+    def fill(self, given_up: Callable[[], bool] = lambda: False, *, beside: bool = False) -> int:
         """Make every item that Redis knows findable in this engine's space, and warm the table:
         from Redis, else from the vectors that were shipped, else by encoding; the number of
-        items. What is there already is not made again, so it may be repeated. Raises
-        RedisUnavailable, WritesLost."""
+        items. What is there already is not made again, so it may be repeated. `beside`: leave
+        Redis and the processor half of the time to who serves meanwhile. Raises RedisUnavailable,
+        WritesLost."""
         self._filled = self._store.beginnings
         self._store.keep_space(self._engine.space)
         count = 0
         for keys in self._store.item_pages():
-            for start in range(0, len(keys), _CHUNK):
+            for start in range(0, len(keys), _FILLED_AT_ONCE):
                 if given_up():
                     return count
-                count += self._complete(keys[start : start + _CHUNK])
+                began_s = time.monotonic()
+                count += self._complete(keys[start : start + _FILLED_AT_ONCE])
+                if beside:
+                    time.sleep(time.monotonic() - began_s)
         self._store.rely()  # most may be there because another worker put it there
         # A worker of the space before may go on for a while, and index what changes there alone.
         self._completes_until_s = time.monotonic() + _COMPLETES_S

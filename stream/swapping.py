@@ -132,7 +132,7 @@ class Swapper:
             item_rows=model.item_rows,
         )
         catalogue = Catalogue(engine, self._items, release.load_item_vectors())
-        count = catalogue.fill(lambda: self.hot_swap.ended)
+        count = catalogue.fill(lambda: self.hot_swap.ended, beside=True)
         log.info("%d items are in space %s", count, release.space)
         self._updater.migrator.make_ready(live.space, catalogue)
         return catalogue

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -76,7 +77,7 @@ class Swap:
     guessing: float  # loss of who knows the topics' shares alone; these three as ratios to the
     as_is: float  # consumer's loss without swaps
     carried_back: float
-    per_s: float  # profiles moved in memory
+    returned: float  # overlap with what they were, of profiles that were moved there and back
 
 
 def main() -> None:
@@ -107,7 +108,7 @@ def main() -> None:
             return live_through(shop, first, chain, consumer)
 
         swaps = live(settings.compatibility, given.swaps)
-        parts = [_about(shop, first, swaps, given.epochs), _table(swaps), _ages(swaps[-1])]
+        parts = [_about(shop, first, swaps, given.epochs), _table(swaps), _ages(swaps)]
         parts.append(through_redis(shop, swaps[0].tuned))
         if count := given.compared_swaps:
             others = {weight: live(weight, count) for weight in (0.0, 5.0)}
@@ -138,9 +139,12 @@ def live_through(
         true = _folded(shop, keys, vectors, 0, done, None, space)
         known = np.flatnonzero(live.header["space"])
         old, new = (dict(zip(keys.tolist(), each, strict=True)) for each in (tuned.before, vectors))
-        began_s = time.perf_counter()
+        before = _taste(live)[known]
         arithmetic.migrate(live, known.tolist(), tuned.transition.forward, old, new, LAYOUT, space)
-        took_s = time.perf_counter() - began_s
+        returned = arithmetic.take(live, known.tolist())
+        arithmetic.migrate(
+            returned, range(len(known)), tuned.transition.backward, new, old, LAYOUT, space - 1
+        )
         back = tuned.transition.backward @ back
         rows, target = _next_topics(shop.recorded.events, done, consumer.topics)
         there = np.isin(rows, known)
@@ -161,7 +165,7 @@ def live_through(
                 guessing=consumer.guessing(target) / steady,
                 as_is=consumer.loss(_month(live)[rows], target) / steady,
                 carried_back=consumer.loss(unit_rows(_month(live)[rows] @ back), target) / steady,
-                per_s=len(known) / took_s,
+                returned=overlap(_taste(returned), before, tuned.before),
             )
         )
         _say(f"swap {space - 1}: {tuned.seconds:.0f} s, overlap {swaps[-1].overlap:.3f}")
@@ -349,21 +353,25 @@ def through_redis(shop: Shop, tuned: Tuned) -> str:
         fill_s = time.perf_counter() - began_s
         items.set_space(tuned.release.space)
         migrator = Migrator(releases, items, LAYOUT)
-        count = 0
+        store.warm_up()
         began_s = time.perf_counter()
+        migrator.make_ready(before.space, new)
+        ready_s = time.perf_counter() - began_s
+        carry = partial(migrator.carry, catalogue=new)
+        count = 0
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
         for start in range(0, len(everybody), _PAGE):
-            page = everybody[start : start + _PAGE]
-            ((got, _, _, moved),) = migrator.bring(store.load(page), new)
-            refused = store.save(page, got, sorted(moved), {}, 0.0, renew=False)
-            count += len(moved) - len(refused)
-        took_s = time.perf_counter() - began_s
+            moved, _ = store.move(everybody[start : start + _PAGE], new.space, carry)
+            count += len(moved)
+        took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
         client.close()
     if count != len(everybody):
         raise SystemExit(f"{count:,} of {len(everybody):,} profiles were moved")
     return (
         f"Through Redis, loaded, moved and saved by one thread in pages of {_PAGE}: "
-        f"**{len(everybody) / took_s:,.0f} profiles/s** ({len(everybody):,} of them). A space of "
-        f"{len(keys):,} items was ready in {fill_s:.1f} s."
+        f"**{len(everybody) / took_s:,.0f} profiles/s** ({len(everybody):,} of them), at "
+        f"{1e6 * cpu_s / len(everybody):.0f} us of this process' CPU each. A space of "
+        f"{len(keys):,} items was ready in {fill_s:.1f} s, the way to it in {ready_s:.2f} s."
     )
 
 
@@ -387,7 +395,7 @@ def _table(swaps: Sequence[Swap]) -> str:
         "swap", "items' cosine to before", "held out: ridge (overlap@10)",
         "held out: orthogonal (overlap@10)", "profiles: overlap@10", "by the month alone",
         "consumer's loss: guessing",
-        "profiles as they are", "carried back", "asked", "moved per second, in memory",
+        "profiles as they are", "carried back", "asked", "there and back: overlap@10",
     ]  # fmt: skip
     rows = []
     for number, swap in enumerate(swaps, 1):
@@ -403,7 +411,7 @@ def _table(swaps: Sequence[Swap]) -> str:
                 f"{swap.as_is - 1:+.1%}",
                 f"{swap.carried_back - 1:+.1%}",
                 f"{swap.asked:,}",
-                f"{swap.per_s:,.0f}",
+                f"{swap.returned:.3f}",
             ]
         )
     rows.append(["median", *_medians(swaps)])
@@ -428,13 +436,18 @@ def _medians(swaps: Sequence[Swap]) -> list[str]:
         f"{median(lambda s: s.as_is) - 1:+.1%}",
         f"{median(lambda s: s.carried_back) - 1:+.1%}",
         f"{median(lambda s: s.asked):,.0f}",
-        f"{median(lambda s: s.per_s):,.0f}",
+        f"{median(lambda s: s.returned):.3f}",
     ]
 
 
-def _ages(last: Swap) -> str:
-    rows = [[name, f"{count:,}", f"{shared:.3f}"] for name, (count, shared) in last.by_age.items()]
-    return "After the last swap:\n\n" + report.table(["profiles", "", "overlap@10"], rows)
+def _ages(swaps: Sequence[Swap]) -> str:
+    head = ["profiles"]
+    rows = [[name] for name in swaps[0].by_age]
+    for number, swap in ((1, swaps[0]), (len(swaps), swaps[-1])):
+        head += [f"at swap {number}", "overlap@10"]
+        for row, (count, shared) in zip(rows, swap.by_age.values(), strict=True):
+            row += [f"{count:,}", f"{shared:.3f}"]
+    return report.table(head, rows)
 
 
 def _weights(found: dict[float, list[Swap]]) -> str:
