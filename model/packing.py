@@ -13,16 +13,22 @@ from itertools import chain
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 Tensor = torch.Tensor
+Ints = npt.NDArray[np.int64]
 
 PACKED: Final = "penchant_packed"
 
-_AFTER_PADDING: Final = {"roberta", "xlm-roberta", "camembert"}  # positions begin at pad id + 1
+_AFTER_PADDING: Final = {
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+}  # positions count from the pad id
 PACKABLE: Final = {"bert", *_AFTER_PADDING}
 """Types of towers that take tokens' positions as an argument and mix tokens in attention alone."""
 
@@ -41,8 +47,9 @@ def pack(texts: Sequence[list[int]], config: Any, device: torch.device) -> dict[
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))  # (n,)
     starts = np.concatenate([[0], np.cumsum(lengths)])  # (n + 1,)
     ids = np.fromiter(chain.from_iterable(texts), dtype=np.int64, count=starts[-1])  # (T,)
-    first = config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0
-    positions = np.arange(first, first + starts[-1]) - np.repeat(starts[:-1], lengths)  # (T,)
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)  # (T,)
+    if config.model_type in _AFTER_PADDING:
+        positions = _after_padding(ids, starts, lengths, config.pad_token_id)
     cuts = np.concatenate([[0], np.flatnonzero(np.diff(lengths)) + 1, [len(lengths)]])
     runs = list(zip(np.diff(cuts).tolist(), lengths[cuts[:-1]].tolist(), strict=True))
     return {
@@ -50,6 +57,13 @@ def pack(texts: Sequence[list[int]], config: Any, device: torch.device) -> dict[
         "position_ids": to_device(positions, device)[None],  # (1, T)
         "packing": Packing(runs, to_device(starts.astype(np.int32), device)),
     }
+
+
+def _after_padding(ids: Ints, starts: Ints, lengths: Ints, pad_id: int) -> Ints:
+    """Positions (T,) that begin after the padding's, which a text's own padding tokens have."""
+    read = np.concatenate([[0], np.cumsum(ids != pad_id)])  # (T + 1,)
+    positions = pad_id + read[1:] - np.repeat(read[starts[:-1]], lengths)
+    return np.where(ids != pad_id, positions, pad_id)
 
 
 def to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
