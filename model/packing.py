@@ -98,7 +98,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of each text's tokens (1, H, T, d) to those of the same text: (1, T, H, d)."""
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))  # (T, H, d)
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+    if _has_varlen(query):
         longest = max(tokens for _, tokens in packing.runs)
         starts = packing.starts
         mixed = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling)
@@ -106,6 +106,16 @@ def attend(
     else:
         mixed = _attend_by_length(q, k, v, packing.runs, scaling)
     return mixed[None], None
+
+
+def _has_varlen(query: Tensor) -> bool:
+    """Whether one kernel takes texts of any length: FlashAttention's conditions."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def _attend_by_length(
