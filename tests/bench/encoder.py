@@ -85,7 +85,9 @@ def main() -> None:
 
     names = [name for name in ENCODERS if options.only in name]
     readings = _read(names, texts, options.repeats)
-    text = _rendered(readings, texts, options.repeats)
+    command = "python -m tests.bench.encoder" + (" --path TEXTS" if options.path else "")
+    how = f"; medians of {options.repeats} repeats"
+    text = f"{report.where(command, how)}\n\n{_rendered(readings, texts)}"
     print(text)
     if options.write:
         report.write(report.ROOT / "docs/performance.md", text, "encoder")
@@ -136,7 +138,7 @@ def _started(name: str, folder: Path, stack: contextlib.ExitStack) -> Encoder:
 # --- what is told --------------------------------------------------------------------------
 
 
-def _rendered(readings: Sequence[Reading], texts: list[str], repeats: int) -> str:
+def _rendered(readings: Sequence[Reading], texts: list[str]) -> str:
     tower, tokenizer = load_tower(tower_folder("bundled"), torch.float32, _MAX_TOKENS)
     lengths = np.array([len(ids) for ids in tokenizer(texts)])
     linear = (m for m in _encoding_layers(tower) if isinstance(m, torch.nn.Linear))
@@ -159,7 +161,6 @@ def _rendered(readings: Sequence[Reading], texts: list[str], repeats: int) -> st
     how = ", ".join(f"{kind} {rate / 1e9:,.0f}" for kind, rate in products.items())
     return "\n\n".join(
         [
-            report.where("python -m tests.bench.encoder", f"; medians of {repeats} repeats"),
             f"{len(texts):,} texts of {lengths.min()} to {lengths.max()} tokens, "
             f"{lengths.mean():.1f} on average, on {device} with {torch.get_num_threads()} threads; "
             f"a product of two matrices of {_PRODUCT} x {_PRODUCT} reaches, in GFLOP/s: {how}. "
