@@ -1,7 +1,7 @@
 """PURE. Lengths of waiting texts -> the batches to run them in, under a token budget.
 
-A batch costs what it is padded to, rows x longest, plus a fixed cost per call. Knows
-nothing of texts, devices or what is in a batch.
+A batch that is padded costs rows x longest, plus a fixed cost per call; one that is packed,
+the sum of its lengths. Knows nothing of texts, devices or what is in a batch.
 """
 
 from __future__ import annotations
@@ -41,6 +41,25 @@ def plan_batches(
     for start, stop in _cheapest_runs(sizes[order], budget_tokens, call_tokens):
         rows = max(1, budget_tokens // int(sizes[order[start]]))
         batches += [order[at : min(at + rows, stop)] for at in range(start, stop, rows)]
+    return batches
+
+
+def pack_batches(lengths: Sequence[int] | npt.NDArray[Any], budget_tokens: int) -> list[Indexes]:
+    """As `plan_batches` for a tower that pads nothing: a batch costs the sum of its lengths.
+
+    Longest first, because texts of one length that are neighbours share one call of attention.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if (sizes.size and sizes.min() < 1) or budget_tokens < 1:
+        raise ValueError("lengths and budget_tokens must be at least 1")
+    order = np.argsort(-sizes, kind="stable")
+    ends = np.cumsum(sizes[order])
+    batches, start, taken = [], 0, 0
+    while start < len(order):
+        fitting = int(np.searchsorted(ends, taken + budget_tokens, side="right"))
+        stop = max(start + 1, fitting)
+        batches.append(order[start:stop])
+        start, taken = stop, int(ends[stop - 1])
     return batches
 
 

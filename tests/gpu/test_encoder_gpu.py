@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig
 
 from model.encoder import TextEncoder
 from model.engine import Engine
 from model.item_table import ItemTable
+from model.packing import attend, pack
 from model.releases import build_base
 
 pytestmark = [
@@ -49,6 +51,19 @@ def test_half_precision_stays_close_to_the_cpu(on_cpu: TextEncoder, dtype: str) 
     assert on_gpu.device.type == "cuda"
     cosine = (on_gpu.encode(TEXTS) * on_cpu.encode(TEXTS)).sum(axis=1)
     assert cosine.min() > 0.998
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_kernel_for_all_lengths_attends_as_a_call_per_length_does(dtype: torch.dtype) -> None:
+    texts = [[1] * tokens for tokens in (120, 40, 40, 7, 7, 7, 1)]
+    config, generator = BertConfig(), torch.Generator("cuda").manual_seed(0)
+    on_gpu = pack(texts, config, torch.device("cuda"))["packing"]
+    on_cpu = pack(texts, config, torch.device("cpu"))["packing"]
+    rows = torch.randn(3, 1, 12, 222, 32, dtype=dtype, device="cuda", generator=generator)
+    module = torch.nn.Module()
+    mixed, _ = attend(module, *rows, None, packing=on_gpu, scaling=0.2)
+    expected, _ = attend(module, *rows.float().cpu(), None, packing=on_cpu, scaling=0.2)
+    torch.testing.assert_close(mixed.float().cpu(), expected, atol=2e-2, rtol=0)
 
 
 def test_a_table_on_the_device_answers_like_one_on_the_cpu() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.batch_plan import Indexes, padded_tokens, plan_batches
+from model.batch_plan import Indexes, pack_batches, padded_tokens, plan_batches
 
 lengths_of_texts = st.lists(st.integers(1, 600), max_size=300)
 budgets = st.integers(1, 5_000)
@@ -90,3 +90,23 @@ def test_nothing_to_plan_gives_no_batches() -> None:
 def test_impossible_numbers_are_refused(lengths: list[int], budget: int, call: int) -> None:
     with pytest.raises(ValueError, match="at least"):
         plan_batches(lengths, budget, call)
+
+
+@given(lengths_of_texts, budgets)
+def test_packed_batches_are_filled_in_order_within_the_budget(
+    lengths: list[int], budget: int
+) -> None:
+    batches = pack_batches(lengths, budget)
+    assert each_text_is_in_one_batch(lengths, batches)
+    assert lengths_never_rise(lengths, batches)
+    sums = [sum(lengths[i] for i in batch) for batch in batches]
+    for batch, total in zip(batches, sums, strict=True):
+        assert total <= budget or len(batch) == 1
+    for batch, total in zip(batches[1:], sums, strict=False):
+        assert total + lengths[batch[0]] > budget  # the next text did not fit
+
+
+def test_what_no_batch_can_hold_is_refused() -> None:
+    for lengths, budget in (([0], 5), ([1], 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            pack_batches(lengths, budget)

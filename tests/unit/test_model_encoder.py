@@ -116,6 +116,12 @@ def test_a_text_has_one_vector_whatever_batch_it_was_in(encoder: TextEncoder) ->
     np.testing.assert_allclose(encoder.encode(texts[::-1])[::-1], alone, atol=1e-5)
 
 
+def test_bfloat16_on_a_cpu_stays_close(encoder: TextEncoder) -> None:
+    half = TextEncoder.from_pretrained("bundled", device="cpu", dtype="bfloat16")
+    cosine = (half.encode(TITLES) * encoder.encode(TITLES)).sum(axis=1)
+    assert 0.9995 < cosine.min() < 0.9999999
+
+
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 def test_any_string_has_a_finite_unit_vector(encoder: TextEncoder, text: str) -> None:
     vector = encoder.encode([text])
