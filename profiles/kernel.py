@@ -145,6 +145,10 @@ class Kernel:
             *_joined(states), *_joined(fences), *_joined([user_id.encode() for user_id in ids])
         )
         columns = _columns(events)
+        begin, order = np.empty(len(ids) + 1, np.int64), np.empty(len(columns.row), np.int64)
+        most = compiled.arrange(columns.row, first, begin, order)
+        marks = int(np.diff(users.fence_end).max(initial=0)) // schema.WATERMARK_ENTRY.itemsize
+        scratch = compiled.scratch(self._shape, most, marks, self._chunk)
         today = np.fromiter(sources, np.uint64, len(sources))
         tails = _texts([_bulks(steps.key), *(_bulks(*tail) for tail in steps.tails)])
         while True:
@@ -154,7 +158,7 @@ class Kernel:
                 RENEW_SHARE, self._chunk, self._pieces, labels.texts, today, tails,
             )  # fmt: skip
             out = self._out(users, len(columns.row), labels.longest, tails)
-            length = compiled.fold(self._shape, users, columns, save, out)
+            length = compiled.fold(self._shape, users, columns, begin, order, save, scratch, out)
             unknown = out.unknown[out.unknown != 0].tolist()
             known = names_of(unknown) if unknown else {}
             names = {key: known[key] for key in unknown if key in known}

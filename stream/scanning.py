@@ -165,56 +165,52 @@ def _number(raw, p, end):
 
 @inlined
 def _turned(x, n):
-    return np.uint32((np.uint64(x) >> np.uint64(n)) | (np.uint64(x) << np.uint64(32 - n)))
+    return np.uint32(np.uint32(x >> np.uint32(n)) | np.uint32(x << np.uint32(32 - n)))
 
 
-@inner
+@inlined
 def _key64(raw, begin, end, rounds, w):
-    """`profiles.schema.key64`: SHA-256 (FIPS 180-4), the first 8 bytes of it."""
+    """`profiles.schema.key64`: SHA-256 (FIPS 180-4), the first 8 bytes of it. `w`: room for 64
+    numbers of a block, and 8 of the state."""
     size = end - begin
-    h = np.empty(8, np.uint32)
-    s = np.empty(8, np.uint32)
-    h[:] = rounds[64:]
+    for j in range(8):
+        w[64 + j] = rounds[64 + j]
     blocks = (size + 9 + 63) // 64
     for block in range(blocks):
         for t in range(16):
-            value = np.uint32(0)
-            for j in range(4):
-                at = 64 * block + 4 * t + j
-                byte = np.uint32(0)
-                if at < size:
-                    byte = np.uint32(raw[begin + at])
-                elif at == size:
-                    byte = np.uint32(128)
-                elif at >= 64 * blocks - 2:
-                    byte = np.uint32((8 * size >> (8 * (64 * blocks - 1 - at))) & 255)
-                value = np.uint32((value << 8) | byte)
-            w[t] = value
+            w[t] = 0
+        first = 64 * block
+        for at in range(first, min(first + 64, size)):
+            w[(at - first) >> 2] |= np.uint32(raw[begin + at]) << np.uint32(24 - 8 * (at & 3))
+        if first <= size < first + 64:
+            w[(size - first) >> 2] |= np.uint32(128) << np.uint32(24 - 8 * (size & 3))
+        if block == blocks - 1:
+            w[15] = 8 * size
         for t in range(16, 64):
             a, b = w[t - 15], w[t - 2]
             a = _turned(a, 7) ^ _turned(a, 18) ^ np.uint32(a >> np.uint32(3))
             b = _turned(b, 17) ^ _turned(b, 19) ^ np.uint32(b >> np.uint32(10))
             w[t] = np.uint32(w[t - 16] + a + w[t - 7] + b)
-        s[:] = h
+        a, b, c, d = w[64], w[65], w[66], w[67]
+        e, f, g, h = w[68], w[69], w[70], w[71]
         for t in range(64):
-            e = s[4]
             mixed = _turned(e, 6) ^ _turned(e, 11) ^ _turned(e, 25)
-            choice = (e & s[5]) ^ (~e & s[6])
-            one = np.uint32(s[7] + mixed + np.uint32(choice) + rounds[t] + w[t])
-            a = s[0]
+            one = np.uint32(h + mixed + (g ^ (e & (f ^ g))) + rounds[t] + w[t])
             mixed = _turned(a, 2) ^ _turned(a, 13) ^ _turned(a, 22)
-            two = np.uint32(mixed + ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2])))
-            for j in range(7, 0, -1):
-                s[j] = s[j - 1]
-            s[4] = np.uint32(s[4] + one)
-            s[0] = np.uint32(one + two)
-        for j in range(8):
-            h[j] = np.uint32(h[j] + s[j])
-    key = np.uint64(0)
-    for j in range(8):
-        byte = np.uint64((h[j // 4] >> np.uint32(24 - 8 * (j % 4))) & np.uint32(255))
-        key |= byte << np.uint64(8 * j)
-    return key
+            two = np.uint32(mixed + ((a & b) | (c & (a | b))))
+            h, g, f, e = g, f, e, np.uint32(d + one)
+            d, c, b, a = c, b, a, np.uint32(one + two)
+        for j, part in enumerate((a, b, c, d, e, f, g, h)):
+            w[64 + j] += part
+    return _swapped(w[64]) | (_swapped(w[65]) << np.uint64(32))
+
+
+@inlined
+def _swapped(x):
+    """Its four bytes the other way round."""
+    x = np.uint64(x)
+    low = ((x & np.uint64(0xFF)) << np.uint64(24)) | ((x & np.uint64(0xFF00)) << np.uint64(8))
+    return low | ((x >> np.uint64(8)) & np.uint64(0xFF00)) | (x >> np.uint64(24))
 
 
 @inner
@@ -330,9 +326,8 @@ def _record(raw, p, end, i, fields, types, currency, rounds, w, out):
 
 @compiled
 def _scan(
-    raw, record_end, record_ms, max_ahead_ms, latest_ms, fields, types, currency, rounds, out
+    raw, record_end, record_ms, max_ahead_ms, latest_ms, fields, types, currency, rounds, w, out
 ):
-    w = np.empty(64, np.uint32)
     for i in range(record_ms.size):
         begin, end = record_end[i], record_end[i + 1]
         plain = _record(raw, begin, end, i, fields, types, currency, rounds, w, out)
@@ -398,7 +393,8 @@ class Scanner:
         )
         _scan(
             np.frombuffer(joined, np.uint8), end, np.asarray(record_ms, np.int64), max_ahead_ms,
-            latest_ms, self._fields, self._types, self._currency, _ROUNDS, out,
+            latest_ms, self._fields, self._types, self._currency, _ROUNDS,
+            np.empty(len(_ROUNDS), np.uint32), out,
         )  # fmt: skip
         at = np.flatnonzero(out.plain)
         text = joined.decode("latin-1")  # a character per byte; what is cut out is ASCII
