@@ -8,11 +8,12 @@ from profiles.kernel import Kernel
 from profiles.schema import Keys
 
 from .scanning import Scanner
+from .user_rows import UserRows
 
 
 def main() -> None:
     """The machine code does not depend on any setting."""
-    Scanner({}, "USD").scan([], [], 0)
+    Scanner({}, "USD").scan([], [], 0).contributions(UserRows(0))
     Kernel(Layout(dimensions=8), Keys("any"), script_sha="", ttl_s=1, chunk=1).warm_up()
 
 

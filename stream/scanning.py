@@ -4,7 +4,8 @@ lock; all others are left to `events.parse`.
 PURE. `events.py` says what an event is. The scanner takes an item event of ASCII without escapes,
 with fields it knows, each once, numbers of few digits, and no text about its item. What it takes,
 `parse` would take, and `add_columns` would make the same of it; tests compare the two. What it
-does not take may be good or bad: it says nothing about it.
+does not take may be good or bad: it says nothing about it. What it finds stays in arrays: no object
+is made for an event.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from profiles.compiled import compiled, inlined, inner
 from profiles.schema import TYPE_CODE
 
 from . import events as ev
-from .contributions import NEUTRAL_RATING, RATING_SPAN, Columns
+from .contributions import NEUTRAL_RATING, RATING_SPAN, Contributions
+from .user_rows import UserRows
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
@@ -66,7 +68,7 @@ class Found(NamedTuple):
 
     plain: NDArray[np.bool_]
     user: Ints  # (n, 2) where the user id begins and ends
-    item: Ints  # (n, 2)
+    item: NDArray[np.uint64]  # key of the item id
     event: NDArray[np.uint64]  # key of the event id, 0 without one
     t_ms: Ints
     type: Ints  # position in _TYPES
@@ -168,7 +170,7 @@ def _turned(x, n):
     return np.uint32(np.uint32(x >> np.uint32(n)) | np.uint32(x << np.uint32(32 - n)))
 
 
-@inlined
+@inner
 def _key64(raw, begin, end, rounds, w):
     """`profiles.schema.key64`: SHA-256 (FIPS 180-4), the first 8 bytes of it. `w`: room for 64
     numbers of a block, and 8 of the state."""
@@ -274,8 +276,10 @@ def _record(raw, p, end, i, fields, types, currency, rounds, w, out):
             elif field in (_USER_ID, _ITEM_ID):
                 if not _is_id(raw, begin, p, _ID):
                     return False
-                at = out.user if field == _USER_ID else out.item
-                at[i, 0], at[i, 1] = begin, p
+                if field == _USER_ID:
+                    out.user[i, 0], out.user[i, 1] = begin, p
+                else:
+                    out.item[i] = _key64(raw, begin, p, rounds, w)
             elif field in (_EVENT_ID, _SESSION_ID):
                 if not _is_id(raw, begin, p, _SHORT_ID):
                     return False
@@ -347,16 +351,32 @@ def _scan(
 class Scanned:
     """k plain events among n records."""
 
-    index: list[int]  # (k,) their positions
-    others: list[int]  # (n - k,) positions of the records that are left to `parse`
-    user_id: list[str]
-    item_id: list[str]
-    event: list[int]
-    t_ms: list[int]
-    type: list[int]  # profiles.schema.TYPE_CODE
-    weight: list[float]
-    spend: list[float]
-    foreign: list[bool]
+    index: Ints  # (k,) their positions
+    others: Ints  # (n - k,) positions of the records that are left to `parse`
+    text: Bytes  # that the user ids are in
+    user: Ints  # (k, 2) where they begin and end
+    event: NDArray[np.uint64]
+    t_ms: Ints
+    type: NDArray[np.uint8]  # profiles.schema.TYPE_CODE
+    weight: NDArray[np.float64]
+    item: NDArray[np.uint64]
+    spend: NDArray[np.float64]
+    foreign: NDArray[np.bool_]
+
+    def contributions(self, users: UserRows) -> Contributions:
+        """The events, with rows among `users`."""
+        return Contributions(
+            users.rows_of(self.text, self.user),
+            self.event,
+            self.t_ms,
+            self.type,
+            self.weight,
+            self.item,
+            self.spend,
+            self.foreign,
+            {},
+            {},
+        )
 
 
 class Scanner:
@@ -365,7 +385,7 @@ class Scanner:
     def __init__(self, weights: Mapping[str, float], currency: str) -> None:
         self._fields, self._types = _words(_FIELDS), _words(_TYPES)
         self._weights = np.array([weights.get(name, 0.0) for name in _TYPES])
-        self._codes = np.array([TYPE_CODE[name] for name in _TYPES])
+        self._codes = np.array([TYPE_CODE[name] for name in _TYPES], np.uint8)
         self._currency = np.frombuffer(currency.encode(), np.uint8)
 
     def scan(
@@ -383,7 +403,7 @@ class Scanner:
         out = Found(
             np.zeros(n, np.bool_),
             np.empty((n, 2), np.int64),
-            np.empty((n, 2), np.int64),
+            np.empty(n, np.uint64),
             np.empty(n, np.uint64),
             np.empty(n, np.int64),
             np.empty(n, np.int64),
@@ -391,40 +411,27 @@ class Scanner:
             np.empty(n, np.float64),
             np.empty(n, np.bool_),
         )
+        text = np.frombuffer(joined, np.uint8)
         _scan(
-            np.frombuffer(joined, np.uint8), end, np.asarray(record_ms, np.int64), max_ahead_ms,
+            text, end, np.asarray(record_ms, np.int64), max_ahead_ms,
             latest_ms, self._fields, self._types, self._currency, _ROUNDS,
             np.empty(len(_ROUNDS), np.uint32), out,
         )  # fmt: skip
         at = np.flatnonzero(out.plain)
-        text = joined.decode("latin-1")  # a character per byte; what is cut out is ASCII
         kind = out.type[at]
         return Scanned(
-            index=at.tolist(),
-            others=np.flatnonzero(~out.plain).tolist(),
-            user_id=[text[i:j] for i, j in out.user[at].tolist()],
-            item_id=[text[i:j] for i, j in out.item[at].tolist()],
-            event=out.event[at].tolist(),
-            t_ms=out.t_ms[at].tolist(),
-            type=self._codes[kind].tolist(),
-            weight=(self._weights[kind] * out.factor[at]).tolist(),
-            spend=out.spend[at].tolist(),
-            foreign=out.foreign[at].tolist(),
+            at,
+            np.flatnonzero(~out.plain),
+            text,
+            out.user[at],
+            out.event[at],
+            out.t_ms[at],
+            self._codes[kind],
+            self._weights[kind] * out.factor[at],
+            out.item[at],
+            out.spend[at],
+            out.foreign[at],
         )
-
-
-def add_scanned(out: Columns, scanned: Scanned) -> None:
-    """Put plain events, in order, behind those that are there."""
-    users, k = out.users, len(scanned.index)
-    out.row += [users.setdefault(user_id, len(users)) for user_id in scanned.user_id]
-    out.event += scanned.event
-    out.t_ms += scanned.t_ms
-    out.type += scanned.type
-    out.weight += scanned.weight
-    out.item_id += scanned.item_id
-    out.text += [""] * k
-    out.spend += scanned.spend
-    out.foreign += scanned.foreign
 
 
 def _words(words: Sequence[str]) -> Words:
