@@ -111,14 +111,13 @@ class Shape(NamedTuple):
 
 
 class Users(NamedTuple):
-    """n users; each `…_end` has n + 1 entries."""
+    """n users."""
 
-    states: Bytes
-    state_end: Ints
-    fences: Bytes
-    fence_end: Ints
+    stored: Bytes
+    state_at: Ints  # (n, 2) begin and end in what is stored
+    fence_at: Ints  # (n, 2)
     ids: Bytes  # UTF-8
-    id_end: Ints
+    id_end: Ints  # (n + 1,)
 
 
 class Events(NamedTuple):
@@ -355,10 +354,10 @@ def _key(tally, i):
 
 
 @inlined
-def _read_tally(tally, states, begin, count):
+def _read_tally(tally, stored, begin, count):
     """Whether its entries lie in order."""
     tally.n[0] = count
-    _copy(tally.k1, 0, states, begin, count * _TALLY)
+    _copy(tally.k1, 0, stored, begin, count * _TALLY)
     for i in range(1, count):
         if _key(tally, i) <= _key(tally, i - 1):
             return False
@@ -369,7 +368,7 @@ def _read_tally(tally, states, begin, count):
 def _read_state(x, shape, users, u, space):
     """Whether it is a state that the kernel knows to handle."""
     size = shape.blank.size
-    begin, end = users.state_end[u], users.state_end[u + 1]
+    begin, end = users.state_at[u, 0], users.state_at[u, 1]
     n = x.n
     if begin == end:
         _copy(x.h1, 0, shape.blank, 0, size)
@@ -377,7 +376,7 @@ def _read_state(x, shape, users, u, space):
         return True
     if end - begin < size:
         return False
-    _copy(x.h1, 0, users.states, begin, size)
+    _copy(x.h1, 0, users.stored, begin, size)
     if x.h2[_VERSION] != _SCHEMA_VERSION or x.h2[_PENDING_N] != 0:
         return False
     if x.h2[_DIMENSIONS] != shape.dimensions or x.h2[_SCALES] != shape.scales:
@@ -396,19 +395,19 @@ def _read_state(x, shape, users, u, space):
     if end - begin != size + n[_W] * _ENTRY + n[_S] * _SEEN + (categories_n + own_n) * _TALLY:
         return False
     begin += size
-    _copy(x.w1, 0, users.states, begin, n[_W] * _ENTRY)
+    _copy(x.w1, 0, users.stored, begin, n[_W] * _ENTRY)
     begin += n[_W] * _ENTRY
-    _copy(x.s1, 0, users.states, begin, n[_S] * _SEEN)
+    _copy(x.s1, 0, users.stored, begin, n[_S] * _SEEN)
     begin += n[_S] * _SEEN
-    if not _read_tally(x.categories, users.states, begin, categories_n):
+    if not _read_tally(x.categories, users.stored, begin, categories_n):
         return False
-    return _read_tally(x.own, users.states, begin + categories_n * _TALLY, own_n)
+    return _read_tally(x.own, users.stored, begin + categories_n * _TALLY, own_n)
 
 
 @inlined
 def _read_fence(x, users, u):
     """The fence stays as it lies in Redis: three numbers, then source and offset in turn."""
-    begin, end = users.fence_end[u], users.fence_end[u + 1]
+    begin, end = users.fence_at[u, 0], users.fence_at[u, 1]
     x.fi[0] = x.fi[1] = x.fi[2] = 0
     x.n[_F] = x.n[_F_BEFORE] = 0
     if begin == end:
@@ -416,7 +415,7 @@ def _read_fence(x, users, u):
     size = end - begin
     if size < _FENCE or (size - _FENCE) % _WATERMARK != 0:
         return False
-    _copy(x.f1, 0, users.fences, begin, size)
+    _copy(x.f1, 0, users.stored, begin, size)
     x.n[_F] = x.n[_F_BEFORE] = (size - _FENCE) // _WATERMARK
     for i in range(1, x.n[_F]):
         if x.fu[3 + 2 * i] <= x.fu[1 + 2 * i]:
@@ -779,8 +778,8 @@ def _write(x, shape, users, u, save, out, at):
         return -1
     n = x.n
     to = out.arguments
-    old, old_n = users.fence_end[u], users.fence_end[u + 1] - users.fence_end[u]
-    at = _copy(to, _bulk_length(to, at, old_n), users.fences, old, old_n)
+    old, old_n = users.fence_at[u, 0], users.fence_at[u, 1] - users.fence_at[u, 0]
+    at = _copy(to, _bulk_length(to, at, old_n), users.stored, old, old_n)
     x.fu[0] = x.fu[0] + np.uint64(1)
     x.fu[1] = save.writer
     left_s = np.float64(x.fi[2]) - save.now_s
@@ -901,7 +900,7 @@ def arrange(row, first, begin, order):
 @compiled
 def fold(shape, users, events, begin, order, save, x, out):
     """All n users, whose events `arrange` brought together; length of the payload."""
-    n = users.state_end.size - 1
+    n = len(users.state_at)
     count, length, call, total = 0, 0, 0, 0
     for u in range(n):
         status, length = _fold_user(

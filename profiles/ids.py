@@ -30,7 +30,7 @@ class Ids(Sequence[str]):
         parts = [user_id.encode() for user_id in ids]
         end = np.zeros(len(parts) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)), out=end[1:])
-        return cls(np.frombuffer(b"".join(parts), np.uint8), end)
+        return cls(np.frombuffer(bytearray().join(parts), np.uint8), end)
 
     def __len__(self) -> int:
         return len(self.end) - 1

@@ -84,7 +84,7 @@ class TakenApart:
 class Prepared:
     """A micro-batch ready to be folded."""
 
-    users: list[str]  # n
+    users: Ids  # n
     events: EventColumns  # m
     arrived_items: list[int]  # item keys whose text came in this batch
     oldest_ms: int
@@ -343,7 +343,7 @@ class Updater:
                 arrived += catalogue.upsert(records, origin)
             events, told = self._with_vectors(taken, catalogue)
             return Prepared(
-                list(taken.users),
+                taken.users,
                 events,
                 arrived + told,
                 taken.oldest_ms,
@@ -595,7 +595,7 @@ class Updater:
 def _all_of(prepared: Prepared) -> _Work:
     events = prepared.events
     at = np.arange(len(events.row))
-    return _Work(prepared.users, prepared.catalogue, events, at, prepared)
+    return _Work(list(prepared.users), prepared.catalogue, events, at, prepared)
 
 
 def _is_split(profiles: Profiles, row: int, today: Collection[int]) -> bool:

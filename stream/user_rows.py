@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.compiled import compiled, inlined
+from profiles.compiled import compiled
+from profiles.compiled_rows import hashed, same
 from profiles.ids import Ids
 
 Bytes = NDArray[np.uint8]
@@ -37,6 +38,8 @@ class UserRows:
             room = np.empty(2 * (used + more), np.uint8)
             room[:used] = self._text[:used]
             self._text = room
+        text = text.view()
+        text.flags.writeable = False  # as all are: else it would be compiled for both
         rows = np.empty(len(at), np.int64)
         self._n = _enter(text, at, self._table, self._hashes, self._text, self._end, self._n, rows)
         return rows
@@ -51,25 +54,13 @@ class UserRows:
         return Ids(self._text, self._end[: self._n + 1])
 
 
-@inlined
-def _same(a, begin, b, first, size):
-    i = 0
-    while i < size and a[begin + i] == b[first + i]:
-        i += 1
-    return i == size
-
-
 @compiled
 def _enter(text, at, table, hashes, known, end, n, rows):
     """Open addressing: an entry of the table is a row, or -1. How many rows there are then."""
     mask = np.uint64(table.size - 1)
     for i in range(len(at)):
         begin, size = at[i, 0], at[i, 1] - at[i, 0]
-        # FNV-1a, whose lower bits are mixed once more.
-        mixed = np.uint64(0xCBF29CE484222325)
-        for j in range(begin, begin + size):
-            mixed = (mixed ^ np.uint64(text[j])) * np.uint64(0x100000001B3)
-        mixed ^= mixed >> np.uint64(32)
+        mixed = hashed(text, begin, begin + size)
         place = mixed & mask
         while True:
             row = table[place]
@@ -84,7 +75,7 @@ def _enter(text, at, table, hashes, known, end, n, rows):
             if (
                 hashes[row] == mixed
                 and end[row + 1] - end[row] == size
-                and _same(known, end[row], text, begin, size)
+                and same(known, end[row], text, begin, size)
             ):
                 break
             place = (place + np.uint64(1)) & mask
