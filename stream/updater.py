@@ -409,7 +409,6 @@ class Updater:
                 self._profiles.forget_cached()
                 self._epoch = prepared.epoch
             self._in_parts(prepared)
-            self.foretell(prepared.users, catalogue)
             self.serve(prepared.arrived_items, catalogue)
         self._report(prepared)
         self._apply_s += time.monotonic() - began_s
@@ -439,21 +438,21 @@ class Updater:
         """By shopper, so that who was in a lane stays there: pairs are counted by their order."""
         everybody = _all_of(prepared)
         if len(prepared.users) < LANES * _PART_USERS:
-            return [partial(self._rounds, everybody)]
+            return [partial(self._rounds_and_outlooks, everybody)]
         lanes: list[list[int]] = [[] for _ in range(LANES)]
         for row, user in enumerate(prepared.users):
             lanes[lane_of(user)].append(row)
 
         def fold(mine: list[int]) -> None:
-            self._rounds(everybody.of(mine))
+            self._rounds_and_outlooks(everybody.of(mine))
 
         return [partial(fold, mine) for mine in lanes if mine]
 
     def _fold_and_save(self, prepared: Prepared, begin: int, end: int) -> None:
         """The users of these rows. The store does what is plain."""
-        catalogue = prepared.catalogue
+        catalogue, users = prepared.catalogue, prepared.users[begin:end]
         done = self._profiles.fold(
-            prepared.users[begin:end],
+            users,
             prepared.events,
             begin,
             catalogue.space,
@@ -468,6 +467,11 @@ class Updater:
         metrics.SAVES_REFUSED.inc(done.refused)
         if done.again:
             self._rounds(_all_of(prepared).of([begin + row for row in done.again]))
+        self.foretell(users, catalogue)
+
+    def _rounds_and_outlooks(self, work: _Work) -> None:
+        self._rounds(work)
+        self.foretell(work.users, work.catalogue)
 
     def _rounds(self, left: _Work) -> None:
         """Load, migrate, fold, save; those whose save was refused, again."""
@@ -554,8 +558,7 @@ class Updater:
     def resolve(self, users: list[str], catalogue: Catalogue) -> None:
         """Fold what these users' pending events can now contribute, and see that the rest is waited
         for. Raises as `apply`."""
-        self._rounds(_Work(users, catalogue))
-        self.foretell(users, catalogue)
+        self._rounds_and_outlooks(_Work(users, catalogue))
 
     def foretell(self, users: Sequence[str], catalogue: Catalogue, places: float = 1.0) -> None:
         """Let these wait for an outlook, where the release has learned to tell; see `Waiting`."""
