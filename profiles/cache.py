@@ -62,12 +62,13 @@ class ProfileCache:
     """At most `capacity` rows; whoever was saved longest ago goes first. Several threads may use
     it, each for other users."""
 
-    def __init__(self, capacity: int, row_bytes: int) -> None:
+    def __init__(self, capacity: int, row_bytes: int, seed: int = 0) -> None:
         """`row_bytes`: of an id with its row at most; larger ones are not held. Memory is taken as
-        it fills."""
+        it fills. `seed`: a number that nobody knows who chooses ids."""
         self._lock = threading.Lock()
         self._capacity = capacity
         self._row_bytes = row_bytes
+        self._seed = np.uint64(seed)
         self._mine = threading.local()
         self.clear()
 
@@ -112,6 +113,7 @@ class ProfileCache:
                 np.empty(slots * self._row_bytes, np.uint8),
                 counts,
                 self._row_bytes,
+                self._seed,
             )
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:

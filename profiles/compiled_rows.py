@@ -28,12 +28,13 @@ class Shelf(NamedTuple):
     bytes: Bytes
     counts: Ints
     stride: int  # bytes of a slot
+    seed: np.uint64  # of the hashes: who chooses ids shall not choose where they stand
 
 
 @inlined
-def hashed(text, begin, end):
+def hashed(text, begin, end, seed):
     """FNV-1a, mixed once more for its lower bits."""
-    mixed = np.uint64(0xCBF29CE484222325)
+    mixed = np.uint64(0xCBF29CE484222325) ^ seed
     for j in range(begin, end):
         mixed = (mixed ^ np.uint64(text[j])) * np.uint64(0x100000001B3)
     return mixed ^ (mixed >> np.uint64(32))
@@ -107,7 +108,7 @@ def locate(shelf, text, end, slots, state_at, fence_at):
     length = 0
     for i in range(end.size - 1):
         begin, size = end[i], end[i + 1] - end[i]
-        place = _place(shelf, hashed(text, begin, begin + size), text, begin, size)
+        place = _place(shelf, hashed(text, begin, begin + size, shelf.seed), text, begin, size)
         slots[i] = slot = shelf.table[place]
         state_n, fence_n = 0, 0
         if slot != NONE:
@@ -144,7 +145,7 @@ def put(shelf, text, end, which, source, state_at, fence_at):
         begin, id_n = end[i], end[i + 1] - end[i]
         state_n = state_at[i, 1] - state_at[i, 0]
         fence_n = fence_at[i, 1] - fence_at[i, 0]
-        mixed = hashed(text, begin, begin + id_n)
+        mixed = hashed(text, begin, begin + id_n, shelf.seed)
         place = _place(shelf, mixed, text, begin, id_n)
         if table[place] != NONE:
             _take_out(shelf, place)

@@ -78,7 +78,7 @@ class ProfileStore:
         self._ttl_s = math.ceil(ttl_s)
         self._writers = count(writer)  # next() is one step for all threads
         self._where = address(where) if where else "REDIS_URL"
-        self._cache = ProfileCache(cached, _row_bytes(layout))
+        self._cache = ProfileCache(cached, _row_bytes(layout), writer % (1 << 64))
         self._marks = marks
         self._held_kernel: tuple[int, Kernel] | None = None
 

@@ -60,7 +60,7 @@ def _enter(text, at, table, hashes, known, end, n, rows):
     mask = np.uint64(table.size - 1)
     for i in range(len(at)):
         begin, size = at[i, 0], at[i, 1] - at[i, 0]
-        mixed = hashed(text, begin, begin + size)
+        mixed = hashed(text, begin, begin + size, np.uint64(0))
         place = mixed & mask
         while True:
             row = table[place]
