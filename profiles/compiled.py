@@ -1,7 +1,8 @@
 """The compiled half of `kernel.py`: one pass over n users, from stored bytes to commands for Redis.
 
 PURE, and without the interpreter's lock. Each step says the same as its namesake in
-`arithmetic.py`; users whom a step is not made for are LEFT.
+`arithmetic.py`; users whom a step is not made for are LEFT. Nothing compiled makes an array: what
+it works in comes from outside, see `scratch`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from .arithmetic import FORGET
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 Keys64 = NDArray[np.uint64]
-_OPTIONS: Final = {"nogil": True, "cache": True, "error_model": "numpy"}
+# Without a runtime that counts who holds an array, and so without arrays of its own: counting, an
+# atomic step for each array of a tuple that is passed on, took a third of the fold.
+_OPTIONS: Final = {"nogil": True, "cache": True, "error_model": "numpy", "_nrt": False}
 # What is only called by compiled code needs none of the wrappers that take half of the compiling.
 _INNER: Final = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 compiled: Callable[..., Any] = njit(**_OPTIONS)
@@ -108,14 +111,13 @@ class Shape(NamedTuple):
 
 
 class Users(NamedTuple):
-    """n users; each `…_end` has n + 1 entries."""
+    """n users."""
 
-    states: Bytes
-    state_end: Ints
-    fences: Bytes
-    fence_end: Ints
+    stored: Bytes
+    state_at: Ints  # (n, 2) begin and end in what is stored
+    fence_at: Ints  # (n, 2)
     ids: Bytes  # UTF-8
-    id_end: Ints
+    id_end: Ints  # (n + 1,)
 
 
 class Events(NamedTuple):
@@ -183,7 +185,7 @@ class _Tally(NamedTuple):
     n: Ints  # (1,) entries
 
 
-class _Scratch(NamedTuple):
+class Scratch(NamedTuple):
     """One user, taken apart. The views of one buffer have one letter."""
 
     h1: Bytes
@@ -208,9 +210,58 @@ class _Scratch(NamedTuple):
     later_sum: NDArray[np.float32]
     gone: NDArray[np.float32]  # masses that leave a tally
     n: Ints  # sizes, by the names below
+    exact: NDArray[np.float64]  # (1,) whose bits are at hand as integers
+    chosen: Ints  # users of the call that is being written
 
 
 _W, _S, _S_BEGIN, _F, _APPLIED, _F_BEFORE = range(6)
+
+
+def _tally(size: int) -> _Tally:
+    entries = np.zeros(size * 3, np.uint32)
+    return _Tally(
+        entries.view(np.uint8),
+        entries,
+        entries.view(np.float32),
+        np.zeros(size, np.float32),
+        np.zeros(size, np.int64),
+        np.zeros(1, np.int64),
+    )
+
+
+def scratch(shape: Shape, most: int, sources: int, chunk: int) -> Scratch:
+    """Room to take users apart who have at most so many events, and so many partitions in their
+    fences; chunk: users of a call."""
+    head = np.zeros((shape.blank.size + 7) // 8, np.int64)
+    window = np.zeros((shape.window + most) * 3, np.int64)
+    seen = np.zeros(shape.seen + most + 1, np.uint64)
+    fence = np.zeros(3 + 2 * (sources + most), np.int64)
+    return Scratch(
+        head.view(np.uint8),
+        head.view(np.uint16),
+        head.view(np.uint32),
+        head,
+        head.view(np.float32),
+        head.view(np.float64),
+        window.view(np.uint8),
+        window,
+        window.view(np.uint64),
+        window.view(np.float32),
+        seen.view(np.uint8),
+        seen,
+        _tally(shape.categories + most),
+        _tally(shape.own_items + most),
+        fence.view(np.uint8),
+        fence,
+        fence.view(np.uint64),
+        np.zeros(most, np.int64),
+        np.zeros(shape.dimensions, np.float32),
+        np.zeros(shape.dimensions, np.float32),
+        np.zeros(most, np.float32),
+        np.zeros(6, np.int64),
+        np.zeros(1, np.float64),
+        np.zeros(chunk, np.int64),
+    )
 
 
 # --- bytes and decimals --------------------------------------------------------------------
@@ -297,61 +348,16 @@ def _hundredths(value, exact):
 # --- one user ------------------------------------------------------------------------------
 
 
-@inner
-def _tally(size):
-    entries = np.zeros(size * 3, np.uint32)
-    return _Tally(
-        entries.view(np.uint8),
-        entries,
-        entries.view(np.float32),
-        np.zeros(size, np.float32),
-        np.zeros(size, np.int64),
-        np.zeros(1, np.int64),
-    )
-
-
-@inner
-def _scratch(shape, most, sources):
-    head = np.zeros((shape.blank.size + 7) // 8, np.int64)
-    window = np.zeros((shape.window + most) * 3, np.int64)
-    seen = np.zeros(shape.seen + most + 1, np.uint64)
-    fence = np.zeros(3 + 2 * (sources + most), np.int64)
-    return _Scratch(
-        head.view(np.uint8),
-        head.view(np.uint16),
-        head.view(np.uint32),
-        head,
-        head.view(np.float32),
-        head.view(np.float64),
-        window.view(np.uint8),
-        window,
-        window.view(np.uint64),
-        window.view(np.float32),
-        seen.view(np.uint8),
-        seen,
-        _tally(shape.categories + most),
-        _tally(shape.own_items + most),
-        fence.view(np.uint8),
-        fence,
-        fence.view(np.uint64),
-        np.zeros(most, np.int64),
-        np.zeros(shape.dimensions, np.float32),
-        np.zeros(shape.dimensions, np.float32),
-        np.zeros(most, np.float32),
-        np.zeros(6, np.int64),
-    )
-
-
 @inlined
 def _key(tally, i):
     return np.uint64(tally.k4[3 * i]) | (np.uint64(tally.k4[3 * i + 1]) << np.uint64(32))
 
 
 @inlined
-def _read_tally(tally, states, begin, count):
+def _read_tally(tally, stored, begin, count):
     """Whether its entries lie in order."""
     tally.n[0] = count
-    _copy(tally.k1, 0, states, begin, count * _TALLY)
+    _copy(tally.k1, 0, stored, begin, count * _TALLY)
     for i in range(1, count):
         if _key(tally, i) <= _key(tally, i - 1):
             return False
@@ -362,7 +368,7 @@ def _read_tally(tally, states, begin, count):
 def _read_state(x, shape, users, u, space):
     """Whether it is a state that the kernel knows to handle."""
     size = shape.blank.size
-    begin, end = users.state_end[u], users.state_end[u + 1]
+    begin, end = users.state_at[u, 0], users.state_at[u, 1]
     n = x.n
     if begin == end:
         _copy(x.h1, 0, shape.blank, 0, size)
@@ -370,7 +376,7 @@ def _read_state(x, shape, users, u, space):
         return True
     if end - begin < size:
         return False
-    _copy(x.h1, 0, users.states, begin, size)
+    _copy(x.h1, 0, users.stored, begin, size)
     if x.h2[_VERSION] != _SCHEMA_VERSION or x.h2[_PENDING_N] != 0:
         return False
     if x.h2[_DIMENSIONS] != shape.dimensions or x.h2[_SCALES] != shape.scales:
@@ -389,19 +395,19 @@ def _read_state(x, shape, users, u, space):
     if end - begin != size + n[_W] * _ENTRY + n[_S] * _SEEN + (categories_n + own_n) * _TALLY:
         return False
     begin += size
-    _copy(x.w1, 0, users.states, begin, n[_W] * _ENTRY)
+    _copy(x.w1, 0, users.stored, begin, n[_W] * _ENTRY)
     begin += n[_W] * _ENTRY
-    _copy(x.s1, 0, users.states, begin, n[_S] * _SEEN)
+    _copy(x.s1, 0, users.stored, begin, n[_S] * _SEEN)
     begin += n[_S] * _SEEN
-    if not _read_tally(x.categories, users.states, begin, categories_n):
+    if not _read_tally(x.categories, users.stored, begin, categories_n):
         return False
-    return _read_tally(x.own, users.states, begin + categories_n * _TALLY, own_n)
+    return _read_tally(x.own, users.stored, begin + categories_n * _TALLY, own_n)
 
 
 @inlined
 def _read_fence(x, users, u):
     """The fence stays as it lies in Redis: three numbers, then source and offset in turn."""
-    begin, end = users.fence_end[u], users.fence_end[u + 1]
+    begin, end = users.fence_at[u, 0], users.fence_at[u, 1]
     x.fi[0] = x.fi[1] = x.fi[2] = 0
     x.n[_F] = x.n[_F_BEFORE] = 0
     if begin == end:
@@ -409,7 +415,7 @@ def _read_fence(x, users, u):
     size = end - begin
     if size < _FENCE or (size - _FENCE) % _WATERMARK != 0:
         return False
-    _copy(x.f1, 0, users.fences, begin, size)
+    _copy(x.f1, 0, users.stored, begin, size)
     x.n[_F] = x.n[_F_BEFORE] = (size - _FENCE) // _WATERMARK
     for i in range(1, x.n[_F]):
         if x.fu[3 + 2 * i] <= x.fu[1 + 2 * i]:
@@ -730,7 +736,7 @@ def _label(out, at, labels, key, unknown):
 
 
 @inlined
-def _glance(out, x, save, unknown, exact):
+def _glance(out, x, save, unknown):
     """Length of the glance in `out`; -1 if a number in it is not one to show here."""
     spend, updated_ms = x.hd[_SPEND], x.hi[_UPDATED_MS]
     if not (x.hi[_SPEND] >= 0 and spend < _SPEND_LIMIT) or updated_ms < 0:
@@ -740,7 +746,7 @@ def _glance(out, x, save, unknown, exact):
     at = _decimal(out, _piece(out, at, pieces, 1), np.int64(x.h4[_EVENTS]))
     for t in range(TYPES):
         at = _decimal(out, _piece(out, at, pieces, 2 + t), np.int64(x.h4[_COUNTS + t]))
-    at = _fixed(out, _piece(out, at, pieces, 2 + TYPES), _hundredths(spend, exact), 2)
+    at = _fixed(out, _piece(out, at, pieces, 2 + TYPES), _hundredths(spend, x.exact), 2)
     at = _piece(out, at, pieces, 3 + TYPES)
     above, above_at = np.float32(np.inf), -1
     for shown in range(TOP):
@@ -765,15 +771,15 @@ def _glance(out, x, save, unknown, exact):
 
 
 @inlined
-def _write(x, shape, users, u, save, out, at, exact):
+def _write(x, shape, users, u, save, out, at):
     """The five arguments of a save behind `at`; where they end, or -1."""
-    glance_n = _glance(out.glance, x, save, out.unknown, exact)
+    glance_n = _glance(out.glance, x, save, out.unknown)
     if glance_n < 0:
         return -1
     n = x.n
     to = out.arguments
-    old, old_n = users.fence_end[u], users.fence_end[u + 1] - users.fence_end[u]
-    at = _copy(to, _bulk_length(to, at, old_n), users.fences, old, old_n)
+    old, old_n = users.fence_at[u, 0], users.fence_at[u, 1] - users.fence_at[u, 0]
+    at = _copy(to, _bulk_length(to, at, old_n), users.stored, old, old_n)
     x.fu[0] = x.fu[0] + np.uint64(1)
     x.fu[1] = save.writer
     left_s = np.float64(x.fi[2]) - save.now_s
@@ -817,7 +823,7 @@ def _of_today(x, sources):
 
 
 @inlined
-def _fold_user(x, shape, users, u, events, order, begin, end, save, out, at, exact):
+def _fold_user(x, shape, users, u, events, order, begin, end, save, out, at):
     """Its status, and where its arguments end."""
     if not (_read_state(x, shape, users, u, save.space) and _read_fence(x, users, u)):
         return LEFT, at
@@ -833,7 +839,7 @@ def _fold_user(x, shape, users, u, events, order, begin, end, save, out, at, exa
             _add_own(x, shape, events)
         if not _bound_tallies(x, shape):
             return LEFT, at
-    stop = _write(x, shape, users, u, save, out, at, exact)
+    stop = _write(x, shape, users, u, save, out, at)
     if stop < 0:
         return LEFT, at
     gained = x.n[_F] > 1 and x.n[_F] > x.n[_F_BEFORE]
@@ -868,44 +874,47 @@ def _close_call(users, chosen, n, save, out, call, at, length):
 
 
 @compiled
-def fold(shape, users, events, save, out):
-    """All n users; length of the payload."""
-    n, m = users.state_end.size - 1, events.row.size
-    begin = np.zeros(n + 1, np.int64)
-    for i in range(m):
-        row = events.row[i] - save.first
-        if 0 <= row < n:
-            begin[row + 1] += 1
-    most = 0
+def arrange(row, first, begin, order):
+    """Bring together the events of each of n users, who are rows `first`, … of m events: user u's
+    are order[begin[u] : begin[u + 1]]. The most that one of them has."""
+    n, most = begin.size - 1, 0
+    begin[:] = 0
+    for i in range(row.size):
+        u = row[i] - first
+        if 0 <= u < n:
+            begin[u + 1] += 1
     for u in range(n):
         most = max(most, begin[u + 1])
         begin[u + 1] += begin[u]
-    order, at = np.empty(begin[n], np.int64), begin.copy()
-    for i in range(m):
-        row = events.row[i] - save.first
-        if 0 <= row < n:
-            order[at[row]] = i
-            at[row] += 1
-    longest = 0
-    for u in range(n):
-        longest = max(longest, users.fence_end[u + 1] - users.fence_end[u])
-    x = _scratch(shape, most, longest // _WATERMARK)
-    exact = np.zeros(1, np.float64)
-    chosen = np.empty(save.chunk, np.int64)
+    for i in range(row.size):
+        u = row[i] - first
+        if 0 <= u < n:
+            order[begin[u]] = i
+            begin[u] += 1
+    for u in range(n, 0, -1):
+        begin[u] = begin[u - 1]
+    begin[0] = 0
+    return most
+
+
+@compiled
+def fold(shape, users, events, begin, order, save, x, out):
+    """All n users, whose events `arrange` brought together; length of the payload."""
+    n = len(users.state_at)
     count, length, call, total = 0, 0, 0, 0
     for u in range(n):
         status, length = _fold_user(
-            x, shape, users, u, events, order, begin[u], begin[u + 1], save, out, length, exact
+            x, shape, users, u, events, order, begin[u], begin[u + 1], save, out, length
         )
         out.status[u] = status
         if status == LEFT:
             for j in range(begin[u], begin[u + 1]):
                 out.fate[order[j]] = 0
         if status >= WRITTEN:
-            chosen[count] = u
+            x.chosen[count] = u
             count += 1
         if count > 0 and (count == save.chunk or u == n - 1):
-            total = _close_call(users, chosen, count, save, out, call, total, length)
+            total = _close_call(users, x.chosen, count, save, out, call, total, length)
             count = length = 0
             call += 1
     return total

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from . import arithmetic, compiled, schema
 from .arithmetic import RENEW_SHARE, EventColumns, Layout, blank_header
+from .cache import Rows
 from .compiled import (
     LEFT,
     SPLIT,
@@ -35,6 +36,7 @@ from .compiled import (
     Texts,
     Users,
 )
+from .ids import Ids
 from .trail import Steps
 
 Bytes = NDArray[np.uint8]
@@ -73,6 +75,8 @@ class Folded:
         self.payload = payload
         """Commands for Redis; valid until this thread folds again."""
         self._row = row
+        self.rows = Rows(out.payload, out.state_at, out.fence_at)
+        """States and fences of users who are written, as they are then, in the same buffer."""
         self.written: Ints = np.flatnonzero(out.status >= WRITTEN)
         """Users who are saved by the payload, in its order."""
         self.left: Ints = np.flatnonzero(out.status == LEFT)
@@ -83,12 +87,6 @@ class Folded:
         """(m,) of events, see `fates`; 0 for those of users who are left or not among the n."""
         self.calls = -(-len(self.written) // chunk)
         """Commands in the payload, and replies to them."""
-        self._at = (out.state_at.tolist(), out.fence_at.tolist())
-
-    def row(self, user: int) -> tuple[bytes, bytes]:
-        """State and fence as they are written."""
-        (a, b), (c, d) = self._at[0][user], self._at[1][user]
-        return bytes(self.payload[a:b]), bytes(self.payload[c:d])
 
     def events_of(self, users: Ints) -> Ints:
         """The positions of their events."""
@@ -126,7 +124,7 @@ class Kernel:
     def fold(
         self,
         ids: Sequence[str],
-        rows: Sequence[tuple[bytes, bytes]],
+        rows: Rows,
         events: EventColumns,
         first: int,
         space: int,
@@ -140,11 +138,13 @@ class Kernel:
         (state, fence), b"" where there is none, and write the saves. names_of: category keys ->
         the names that are known. sources: of all partitions that there are today. steps: of the
         calls, as many as there may be."""
-        states, fences = [state for state, _ in rows], [fence for _, fence in rows]
-        users = Users(
-            *_joined(states), *_joined(fences), *_joined([user_id.encode() for user_id in ids])
-        )
+        given = Ids.of(ids)
+        users = Users(*rows, given.text, given.end)
         columns = _columns(events)
+        begin, order = np.empty(len(ids) + 1, np.int64), np.empty(len(columns.row), np.int64)
+        most = compiled.arrange(columns.row, first, begin, order)
+        marks = int(np.diff(users.fence_at).max(initial=0)) // schema.WATERMARK_ENTRY.itemsize
+        scratch = compiled.scratch(self._shape, most, marks, self._chunk)
         today = np.fromiter(sources, np.uint64, len(sources))
         tails = _texts([_bulks(steps.key), *(_bulks(*tail) for tail in steps.tails)])
         while True:
@@ -154,7 +154,7 @@ class Kernel:
                 RENEW_SHARE, self._chunk, self._pieces, labels.texts, today, tails,
             )  # fmt: skip
             out = self._out(users, len(columns.row), labels.longest, tails)
-            length = compiled.fold(self._shape, users, columns, save, out)
+            length = compiled.fold(self._shape, users, columns, begin, order, save, scratch, out)
             unknown = out.unknown[out.unknown != 0].tolist()
             known = names_of(unknown) if unknown else {}
             names = {key: known[key] for key in unknown if key in known}
@@ -189,7 +189,16 @@ class Kernel:
         nobody: dict[str, Any] = {name: np.zeros(0, dtype) for name, dtype in _COLUMNS.items()}
         nobody["vector"] = np.zeros((0, self._shape.dimensions), np.float32)
         self.fold(
-            [], [], EventColumns(**nobody), 0, 0, 0, 0.0, lambda keys: {}, (), Steps("", [], 0)
+            [],
+            Rows.of([]),
+            EventColumns(**nobody),
+            0,
+            0,
+            0,
+            0.0,
+            lambda keys: {},
+            (),
+            Steps("", [], 0),
         )
         width = self._shape.dimensions
         state = np.zeros(1, self._layout.header)
@@ -205,10 +214,11 @@ class Kernel:
 
     def _out(self, users: Users, m: int, longest: int, tails: Texts) -> Out:
         """Room for what may come of these users."""
-        n = len(users.state_end) - 1
+        n = len(users.state_at)
         glance = _GLANCE_BYTES + TOP * (longest + _NUMBER_BYTES)
         each = self._shape.blank.size + glance + _CALL_BYTES + self._pieces.bytes.size
-        stored = users.states.size + 2 * users.fences.size + users.ids.size
+        stored = int(np.diff(users.state_at).sum() + 2 * np.diff(users.fence_at).sum())
+        stored += int(users.id_end[-1] - users.id_end[0])
         stored += tails.bytes.size * len(tails.end)  # the key with each of the calls
         payload, arguments = self._buffers(n * each + stored + m * _EVENT_BYTES)
         return Out(

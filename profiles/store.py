@@ -20,10 +20,11 @@ import numpy as np
 
 from . import arithmetic, schema
 from .arithmetic import EventColumns, Layout, Profiles
-from .cache import ProfileCache, Row
+from .cache import ProfileCache, Row, Rows
 from .connection import address, redis_errors
 from .errors import LayoutMismatch, SchemaTooNew, StateCorrupt
 from .fates import Fates
+from .ids import Ids
 from .marks import Marks, looks_of, steps_of
 from .outlook import Fields
 from .scripts import run_script, script_sha
@@ -77,7 +78,7 @@ class ProfileStore:
         self._ttl_s = math.ceil(ttl_s)
         self._writers = count(writer)  # next() is one step for all threads
         self._where = address(where) if where else "REDIS_URL"
-        self._cache = ProfileCache(cached)
+        self._cache = ProfileCache(cached, _row_bytes(layout), writer % (1 << 64))
         self._marks = marks
         self._held_kernel: tuple[int, Kernel] | None = None
 
@@ -90,7 +91,8 @@ class ProfileStore:
         """
         if anew:
             self._cache.take(user_ids)
-        rows = self._rows(user_ids)
+        found = self._rows(user_ids)
+        rows = [found.row(i) for i in range(len(user_ids))]
         states = [state or None for state, _ in rows]
         fences = [fence or None for _, fence in rows]
         try:
@@ -100,13 +102,14 @@ class ProfileStore:
                 self._refuse_by_name(self._keys.profile(user_id), state, fence)
             raise
 
-    def _rows(self, user_ids: Sequence[str]) -> list[Row]:
-        """State and fence of n users, from memory, or else from Redis; b"" for none."""
-        rows = self._cache.take(user_ids)
-        missing = [i for i, row in enumerate(rows) if row is None]
-        for i, row in zip(missing, self._fetch([user_ids[i] for i in missing]), strict=True):
-            rows[i] = row
-        return [row for row in rows if row is not None]
+    def _rows(self, user_ids: Sequence[str]) -> Rows:
+        """State and fence of n users, from memory, or else from Redis; empty for none. They stand
+        until this thread asks again."""
+        rows, missing = self._cache.take(user_ids)
+        if len(missing):
+            names = list(user_ids)
+            rows = rows.with_rows(missing, self._fetch([names[i] for i in missing.tolist()]))
+        return rows
 
     def move(
         self, user_ids: Sequence[str], space: int, carry: Carry
@@ -153,6 +156,7 @@ class ProfileStore:
 
     def warm_up(self) -> None:
         """Make `fold` ready: compile its kernel, or load what was compiled before."""
+        self._cache.warm_up()
         self._kernel.warm_up()
 
     def fold(
@@ -175,29 +179,33 @@ class ProfileStore:
         does, and RedisUnavailable; then any part may be saved, and folding again tells which.
         Raises WritesLost.
         """
-        rows = self._rows(user_ids)
-        carried = carry([state for state, _ in rows], self._kernel)
-        here = list(rows)
-        for i, state in carried.items():
-            here[i] = (state, rows[i][1])
+        ids = Ids.of(user_ids)
+        rows, carried = self._rows(ids), dict[int, bytes]()
+        here = rows
+        if _elsewhere(rows, space):
+            carried = dict(carry([rows.row(i)[0] for i in range(len(ids))], self._kernel))
+            moved = [(state, rows.row(i)[1]) for i, state in carried.items()]
+            here = rows.with_rows(np.fromiter(carried, np.int64, len(carried)), moved)
         writer = next(self._writers) % (1 << 64)
         with steps_of(self._marks, self._keys, -(-len(user_ids) // _CHUNK)) as steps:
             folded = self._kernel.fold(
-                user_ids, here, events, first, space, writer, now_s, names_of, sources, steps
+                ids, here, events, first, space, writer, now_s, names_of, sources, steps
             )
             at = np.flatnonzero(folded.fate)
-            fates.folded(at, folded.fate[at], [user_ids[i] for i in folded.split.tolist()])
+            fates.folded(at, folded.fate[at], [ids[i] for i in folded.split.tolist()])
             replies = self._send(folded.payload, folded.calls)
             steps.made = folded.calls
         refused = folded.written[_refused(replies)]
         if len(refused):
             at = folded.events_of(refused)
-            fates.refused(at, folded.fate[at], [user_ids[i] for i in refused.tolist()])
-        saved = np.setdiff1d(folded.written, refused).tolist()
-        self._cache.put((user_ids[i], folded.row(i)) for i in saved)
-        self._cache.put((user_ids[i], rows[i]) for i in folded.left.tolist())
+            fates.refused(at, folded.fate[at], [ids[i] for i in refused.tolist()])
+        saved = np.setdiff1d(folded.written, refused)
+        self._cache.put(ids, saved, folded.rows)
+        self._cache.put(ids, folded.left, rows)
         again = [*folded.left.tolist(), *refused.tolist()]
-        return FoldedHere(again, len(refused), len(saved), len(carried.keys() & set(saved)))
+        return FoldedHere(
+            again, len(refused), len(saved), len(carried.keys() & set(saved.tolist()))
+        )
 
     def _refuse_by_name(self, key: str, state: bytes | None, fence: bytes | None) -> None:
         try:
@@ -239,10 +247,8 @@ class ProfileStore:
         refused += self._run_for(
             schema.ERASE_SCRIPT, keys, five, sorted(picked.erased), guarded=True
         )
-        saved = dict(zip(ids, zip(states, picked.fences, strict=True), strict=True))
-        for i in refused:
-            del saved[ids[i]]
-        self._cache.put(saved.items())
+        saved = np.setdiff1d(np.arange(len(ids)), refused)
+        self._cache.put(ids, saved, Rows.of(list(zip(states, picked.fences, strict=True))))
         return [rows[i] for i in refused]
 
     def put_outlooks(
@@ -315,6 +321,34 @@ class ProfileStore:
             finally:
                 pool.release(connection)
         raise AssertionError("unreachable")
+
+
+# The offset of the space in a state.
+_SPACE: Final = 16
+# Beside what a profile holds at most: an id, and a fence of as many partitions as a shopper's
+# events come from. Whoever has more is loaded each time.
+_ID_BYTES: Final = 64
+_PARTITIONS: Final = 16
+
+
+def _row_bytes(layout: Layout) -> int:
+    """Of a profile in which nothing waits for an item's text, with its fence and id."""
+    state = (
+        layout.header.itemsize
+        + layout.window * schema.WINDOW_ENTRY.itemsize
+        + layout.seen * np.dtype(np.uint64).itemsize
+        + layout.categories * schema.CATEGORY_ENTRY.itemsize
+        + layout.own_items * schema.OWN_ENTRY.itemsize
+    )
+    fence = schema.FENCE_HEADER.itemsize + _PARTITIONS * schema.WATERMARK_ENTRY.itemsize
+    return _ID_BYTES + state + fence
+
+
+def _elsewhere(rows: Rows, space: int) -> bool:
+    """Whether one of the states lives in another space."""
+    at = rows.state_at[rows.state_at[:, 1] - rows.state_at[:, 0] >= _SPACE + 8, 0]
+    spaces = rows.bytes[at[:, None] + np.arange(_SPACE, _SPACE + 8)].view("<u8")
+    return bool(((spaces != 0) & (spaces != space)).any())
 
 
 def _exchange(connection: AbstractConnection, payload: memoryview, replies: int) -> list[list[int]]:

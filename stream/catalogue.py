@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 
-# Item ids whose key is remembered. A SHA-256 costs 0.7 us, a dict look-up 0.05.
-_KEYS_KEPT: Final = 2_000_000
 # A shop has thousands of categories at most; a producer that makes them up must not fill memory.
 _CATEGORIES_KEPT: Final = 100_000
 # Items stored and encoded at a time. A batch that fails resumes after its last full chunk, and
@@ -98,7 +96,6 @@ class Catalogue:
         self._engine = engine
         self._store = store
         self._shipped = _Shipped(shipped) if shipped is not None else None
-        self._keys: dict[str, int] = {}
         # By item key. More than the table has rows, so that an item is seldom forgotten here
         # while its vector is there; one that is counts as not found, and is fetched again.
         self._held: dict[int, _Held] = {}
@@ -158,19 +155,6 @@ class Catalogue:
                 self._store.drop_vectors(self._engine.space, gone)
             there = {key: kept for key, kept in records.items() if not kept[0].deleted}
             return len(self._learn(there))
-
-    def keys_of(self, item_ids: Sequence[str]) -> list[int]:
-        """Item ids -> item keys."""
-        known = self._keys
-        keys = []
-        for item_id in item_ids:
-            key = known.get(item_id)
-            if key is None:
-                if len(known) >= _KEYS_KEPT:
-                    known.clear()
-                key = known[item_id] = key64(item_id)
-            keys.append(key)
-        return keys
 
     def resolve(self, keys: Sequence[int], inline: Mapping[int, ItemRecord]) -> Resolved:
         """Vectors and categories of n items. `inline`: what events said of their items, used

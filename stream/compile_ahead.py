@@ -4,15 +4,18 @@ this machine need not. What was compiled before is only loaded."""
 from __future__ import annotations
 
 from profiles.arithmetic import Layout
+from profiles.cache import ProfileCache
 from profiles.kernel import Kernel
 from profiles.schema import Keys
 
 from .scanning import Scanner
+from .user_rows import UserRows
 
 
 def main() -> None:
     """The machine code does not depend on any setting."""
-    Scanner({}, "USD").scan([], [], 0)
+    Scanner({}, "USD").scan([], [], 0).contributions(UserRows(0))
+    ProfileCache(0, 0).warm_up()
     Kernel(Layout(dimensions=8), Keys("any"), script_sha="", ttl_s=1, chunk=1).warm_up()
 
 

@@ -14,7 +14,9 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 from confluent_kafka import Consumer, TopicPartition
+from numpy.typing import NDArray
 
 from . import events as ev
 from . import metrics
@@ -75,21 +77,19 @@ class Forwarder:
         )
 
 
-def origin_of(piece: Slice, index: Sequence[int], forwarded: bool) -> tuple[list[int], list[int]]:
+def origin_of(
+    piece: Slice, index: NDArray[np.int64], forwarded: bool
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Sources and offsets that the watermark counts, of the records at these positions.
 
     Only records of the `forwarded` topic carry an origin; anybody may set a header elsewhere.
     """
-    if not forwarded:
-        return [piece.source] * len(index), [piece.offsets[i] for i in index]
-    sources, offsets = [], []
-    for i in index:
+    sources = np.full(len(index), piece.source, np.uint64)
+    offsets = np.asarray(piece.offsets, np.int64)[index]
+    for at, i in enumerate(index.tolist() if forwarded else ()):
         origin = dict(piece.headers[i] or ()).get(_ORIGIN_HEADER)
-        source, offset = piece.source, piece.offsets[i]
         if origin is not None and len(origin) == _ORIGIN.size:
-            source, offset = _ORIGIN.unpack(origin)
-        sources.append(source)
-        offsets.append(offset)
+            sources[at], offsets[at] = _ORIGIN.unpack(origin)
     return sources, offsets
 
 

@@ -10,7 +10,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,15 +21,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from profiles.arithmetic import FORGET
+from profiles.ids import Ids
 from profiles.schema import TYPE_CODE, source_key
 
 from .archive import SCHEMA, Archive, Command, events, hashed
-from .contributions import Columns, columns
+from .contributions import columns
 from .errors import UserError
 from .intake import MicroBatch, Slice, client_config
 from .settings import Settings
 from .topics import connect, topic_ids
 from .updater import TakenApart
+from .user_rows import UserRows
 
 _ANSWER_S: Final = 10.0
 _SILENCE_S: Final = 60.0
@@ -339,8 +341,11 @@ def _taken_apart(
 ) -> TakenApart:
     taken = columns(events(table), weights, currency)
     taken.event = table["event"].to_pylist()  # rows have no ids, but their keys
-    sources, offsets = table["source"].to_pylist(), table["offset"].to_pylist()
-    return TakenApart(taken, sources, offsets, [], 0, {}, -1, today)
+    users = UserRows(len(taken.users))
+    arrays = taken.arrays(users)
+    sources = np.asarray(table["source"].to_numpy(), np.uint64)
+    offsets = np.asarray(table["offset"].to_numpy(), np.int64)
+    return TakenApart(users.ids(), arrays, sources, offsets, [], 0, {}, -1, today)
 
 
 # --- either
@@ -348,23 +353,17 @@ def _taken_apart(
 
 def only(taken: TakenApart, user: str) -> TakenApart:
     """What it holds of one user."""
-    of, kept = taken.columns, Columns(inline=taken.columns.inline)
-    row = of.users.get(user)
-    at = [i for i, r in enumerate(of.row) if r == row] if row is not None else []
-    if at:
-        kept.users = {user: 0}
-        kept.row = [0] * len(at)
-    for name in ("event", "t_ms", "type", "weight", "item_id", "text", "spend", "foreign"):
-        setattr(kept, name, [getattr(of, name)[i] for i in at])
-    return TakenApart(
-        kept,
-        [taken.sources[i] for i in at],
-        [taken.offsets[i] for i in at],
-        [],
-        taken.oldest_ms,
-        {},
-        taken.epoch,
-        taken.today,
+    row = np.flatnonzero([who == user for who in taken.users])
+    at = np.flatnonzero(np.isin(taken.columns.row, row))
+    kept = taken.columns.at(at)
+    return replace(
+        taken,
+        users=Ids.of([user] if len(at) else []),
+        columns=replace(kept, row=np.zeros_like(kept.row)),
+        sources=taken.sources[at],
+        offsets=taken.offsets[at],
+        items=[],
+        forwarded={},
     )
 
 

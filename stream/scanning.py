@@ -4,7 +4,8 @@ lock; all others are left to `events.parse`.
 PURE. `events.py` says what an event is. The scanner takes an item event of ASCII without escapes,
 with fields it knows, each once, numbers of few digits, and no text about its item. What it takes,
 `parse` would take, and `add_columns` would make the same of it; tests compare the two. What it
-does not take may be good or bad: it says nothing about it.
+does not take may be good or bad: it says nothing about it. What it finds stays in arrays: no object
+is made for an event.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from profiles.compiled import compiled, inlined, inner
 from profiles.schema import TYPE_CODE
 
 from . import events as ev
-from .contributions import NEUTRAL_RATING, RATING_SPAN, Columns
+from .contributions import NEUTRAL_RATING, RATING_SPAN, Contributions
+from .user_rows import UserRows
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
@@ -66,7 +68,7 @@ class Found(NamedTuple):
 
     plain: NDArray[np.bool_]
     user: Ints  # (n, 2) where the user id begins and ends
-    item: Ints  # (n, 2)
+    item: NDArray[np.uint64]  # key of the item id
     event: NDArray[np.uint64]  # key of the event id, 0 without one
     t_ms: Ints
     type: Ints  # position in _TYPES
@@ -165,56 +167,52 @@ def _number(raw, p, end):
 
 @inlined
 def _turned(x, n):
-    return np.uint32((np.uint64(x) >> np.uint64(n)) | (np.uint64(x) << np.uint64(32 - n)))
+    return np.uint32(np.uint32(x >> np.uint32(n)) | np.uint32(x << np.uint32(32 - n)))
 
 
 @inner
 def _key64(raw, begin, end, rounds, w):
-    """`profiles.schema.key64`: SHA-256 (FIPS 180-4), the first 8 bytes of it."""
+    """`profiles.schema.key64`: SHA-256 (FIPS 180-4), the first 8 bytes of it. `w`: room for 64
+    numbers of a block, and 8 of the state."""
     size = end - begin
-    h = np.empty(8, np.uint32)
-    s = np.empty(8, np.uint32)
-    h[:] = rounds[64:]
+    for j in range(8):
+        w[64 + j] = rounds[64 + j]
     blocks = (size + 9 + 63) // 64
     for block in range(blocks):
         for t in range(16):
-            value = np.uint32(0)
-            for j in range(4):
-                at = 64 * block + 4 * t + j
-                byte = np.uint32(0)
-                if at < size:
-                    byte = np.uint32(raw[begin + at])
-                elif at == size:
-                    byte = np.uint32(128)
-                elif at >= 64 * blocks - 2:
-                    byte = np.uint32((8 * size >> (8 * (64 * blocks - 1 - at))) & 255)
-                value = np.uint32((value << 8) | byte)
-            w[t] = value
+            w[t] = 0
+        first = 64 * block
+        for at in range(first, min(first + 64, size)):
+            w[(at - first) >> 2] |= np.uint32(raw[begin + at]) << np.uint32(24 - 8 * (at & 3))
+        if first <= size < first + 64:
+            w[(size - first) >> 2] |= np.uint32(128) << np.uint32(24 - 8 * (size & 3))
+        if block == blocks - 1:
+            w[15] = 8 * size
         for t in range(16, 64):
             a, b = w[t - 15], w[t - 2]
             a = _turned(a, 7) ^ _turned(a, 18) ^ np.uint32(a >> np.uint32(3))
             b = _turned(b, 17) ^ _turned(b, 19) ^ np.uint32(b >> np.uint32(10))
             w[t] = np.uint32(w[t - 16] + a + w[t - 7] + b)
-        s[:] = h
+        a, b, c, d = w[64], w[65], w[66], w[67]
+        e, f, g, h = w[68], w[69], w[70], w[71]
         for t in range(64):
-            e = s[4]
             mixed = _turned(e, 6) ^ _turned(e, 11) ^ _turned(e, 25)
-            choice = (e & s[5]) ^ (~e & s[6])
-            one = np.uint32(s[7] + mixed + np.uint32(choice) + rounds[t] + w[t])
-            a = s[0]
+            one = np.uint32(h + mixed + (g ^ (e & (f ^ g))) + rounds[t] + w[t])
             mixed = _turned(a, 2) ^ _turned(a, 13) ^ _turned(a, 22)
-            two = np.uint32(mixed + ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2])))
-            for j in range(7, 0, -1):
-                s[j] = s[j - 1]
-            s[4] = np.uint32(s[4] + one)
-            s[0] = np.uint32(one + two)
-        for j in range(8):
-            h[j] = np.uint32(h[j] + s[j])
-    key = np.uint64(0)
-    for j in range(8):
-        byte = np.uint64((h[j // 4] >> np.uint32(24 - 8 * (j % 4))) & np.uint32(255))
-        key |= byte << np.uint64(8 * j)
-    return key
+            two = np.uint32(mixed + ((a & b) | (c & (a | b))))
+            h, g, f, e = g, f, e, np.uint32(d + one)
+            d, c, b, a = c, b, a, np.uint32(one + two)
+        for j, part in enumerate((a, b, c, d, e, f, g, h)):
+            w[64 + j] += part
+    return _swapped(w[64]) | (_swapped(w[65]) << np.uint64(32))
+
+
+@inlined
+def _swapped(x):
+    """Its four bytes the other way round."""
+    x = np.uint64(x)
+    low = ((x & np.uint64(0xFF)) << np.uint64(24)) | ((x & np.uint64(0xFF00)) << np.uint64(8))
+    return low | ((x >> np.uint64(8)) & np.uint64(0xFF00)) | (x >> np.uint64(24))
 
 
 @inner
@@ -278,8 +276,10 @@ def _record(raw, p, end, i, fields, types, currency, rounds, w, out):
             elif field in (_USER_ID, _ITEM_ID):
                 if not _is_id(raw, begin, p, _ID):
                     return False
-                at = out.user if field == _USER_ID else out.item
-                at[i, 0], at[i, 1] = begin, p
+                if field == _USER_ID:
+                    out.user[i, 0], out.user[i, 1] = begin, p
+                else:
+                    out.item[i] = _key64(raw, begin, p, rounds, w)
             elif field in (_EVENT_ID, _SESSION_ID):
                 if not _is_id(raw, begin, p, _SHORT_ID):
                     return False
@@ -330,9 +330,8 @@ def _record(raw, p, end, i, fields, types, currency, rounds, w, out):
 
 @compiled
 def _scan(
-    raw, record_end, record_ms, max_ahead_ms, latest_ms, fields, types, currency, rounds, out
+    raw, record_end, record_ms, max_ahead_ms, latest_ms, fields, types, currency, rounds, w, out
 ):
-    w = np.empty(64, np.uint32)
     for i in range(record_ms.size):
         begin, end = record_end[i], record_end[i + 1]
         plain = _record(raw, begin, end, i, fields, types, currency, rounds, w, out)
@@ -352,16 +351,32 @@ def _scan(
 class Scanned:
     """k plain events among n records."""
 
-    index: list[int]  # (k,) their positions
-    others: list[int]  # (n - k,) positions of the records that are left to `parse`
-    user_id: list[str]
-    item_id: list[str]
-    event: list[int]
-    t_ms: list[int]
-    type: list[int]  # profiles.schema.TYPE_CODE
-    weight: list[float]
-    spend: list[float]
-    foreign: list[bool]
+    index: Ints  # (k,) their positions
+    others: Ints  # (n - k,) positions of the records that are left to `parse`
+    text: Bytes  # that the user ids are in
+    user: Ints  # (k, 2) where they begin and end
+    event: NDArray[np.uint64]
+    t_ms: Ints
+    type: NDArray[np.uint8]  # profiles.schema.TYPE_CODE
+    weight: NDArray[np.float64]
+    item: NDArray[np.uint64]
+    spend: NDArray[np.float64]
+    foreign: NDArray[np.bool_]
+
+    def contributions(self, users: UserRows) -> Contributions:
+        """The events, with rows among `users`."""
+        return Contributions(
+            users.rows_of(self.text, self.user),
+            self.event,
+            self.t_ms,
+            self.type,
+            self.weight,
+            self.item,
+            self.spend,
+            self.foreign,
+            {},
+            {},
+        )
 
 
 class Scanner:
@@ -370,7 +385,7 @@ class Scanner:
     def __init__(self, weights: Mapping[str, float], currency: str) -> None:
         self._fields, self._types = _words(_FIELDS), _words(_TYPES)
         self._weights = np.array([weights.get(name, 0.0) for name in _TYPES])
-        self._codes = np.array([TYPE_CODE[name] for name in _TYPES])
+        self._codes = np.array([TYPE_CODE[name] for name in _TYPES], np.uint8)
         self._currency = np.frombuffer(currency.encode(), np.uint8)
 
     def scan(
@@ -388,7 +403,7 @@ class Scanner:
         out = Found(
             np.zeros(n, np.bool_),
             np.empty((n, 2), np.int64),
-            np.empty((n, 2), np.int64),
+            np.empty(n, np.uint64),
             np.empty(n, np.uint64),
             np.empty(n, np.int64),
             np.empty(n, np.int64),
@@ -396,39 +411,27 @@ class Scanner:
             np.empty(n, np.float64),
             np.empty(n, np.bool_),
         )
+        text = np.frombuffer(joined, np.uint8)
         _scan(
-            np.frombuffer(joined, np.uint8), end, np.asarray(record_ms, np.int64), max_ahead_ms,
-            latest_ms, self._fields, self._types, self._currency, _ROUNDS, out,
+            text, end, np.asarray(record_ms, np.int64), max_ahead_ms,
+            latest_ms, self._fields, self._types, self._currency, _ROUNDS,
+            np.empty(len(_ROUNDS), np.uint32), out,
         )  # fmt: skip
         at = np.flatnonzero(out.plain)
-        text = joined.decode("latin-1")  # a character per byte; what is cut out is ASCII
         kind = out.type[at]
         return Scanned(
-            index=at.tolist(),
-            others=np.flatnonzero(~out.plain).tolist(),
-            user_id=[text[i:j] for i, j in out.user[at].tolist()],
-            item_id=[text[i:j] for i, j in out.item[at].tolist()],
-            event=out.event[at].tolist(),
-            t_ms=out.t_ms[at].tolist(),
-            type=self._codes[kind].tolist(),
-            weight=(self._weights[kind] * out.factor[at]).tolist(),
-            spend=out.spend[at].tolist(),
-            foreign=out.foreign[at].tolist(),
+            at,
+            np.flatnonzero(~out.plain),
+            text,
+            out.user[at],
+            out.event[at],
+            out.t_ms[at],
+            self._codes[kind],
+            self._weights[kind] * out.factor[at],
+            out.item[at],
+            out.spend[at],
+            out.foreign[at],
         )
-
-
-def add_scanned(out: Columns, scanned: Scanned) -> None:
-    """Put plain events, in order, behind those that are there."""
-    users, k = out.users, len(scanned.index)
-    out.row += [users.setdefault(user_id, len(users)) for user_id in scanned.user_id]
-    out.event += scanned.event
-    out.t_ms += scanned.t_ms
-    out.type += scanned.type
-    out.weight += scanned.weight
-    out.item_id += scanned.item_id
-    out.text += [""] * k
-    out.spend += scanned.spend
-    out.foreign += scanned.foreign
 
 
 def _words(words: Sequence[str]) -> Words:

@@ -97,7 +97,7 @@ class StreamSettings(_Group):
     buffered_batches: Annotated[int, Field(ge=1)] = 4
     """Micro-batches waiting for the updater before partitions are paused."""
     cached_profiles: Annotated[int, Field(ge=0)] = 100_000
-    """Profiles of active shoppers kept in the worker's memory, about 4 KB each, so that they need
+    """Profiles of active shoppers kept in the worker's memory, up to 5 KB each, so that they need
     not be loaded for their next event; 0 keeps none."""
     max_ahead_s: Annotated[float, Field(ge=0)] = 300.0
     """How far an event's time may lie ahead of the broker's timestamp."""

@@ -23,19 +23,21 @@ from itertools import pairwise
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from profiles import arithmetic
 from profiles.arithmetic import EventColumns, Ints, Layout, Profiles
 from profiles.fates import APPLIED, FORGOTTEN, REPEATED, REPLAYED, Fates
+from profiles.ids import Ids
 from profiles.items import ItemStore, Origin
 from profiles.neighbours import LANES, lane_of
-from profiles.schema import ItemRecord
+from profiles.schema import ItemRecord, key64
 from profiles.store import ProfileStore
 
 from . import events as ev
 from . import forwarding, metrics
 from .catalogue import Catalogue, categories_of
-from .contributions import Columns, add_columns
+from .contributions import Columns, Contributions, add_columns, joined
 from .dead_letter import Rejects, RejectWindow
 from .errors import UserError
 from .forwarding import Forwarder, origin_of
@@ -43,8 +45,9 @@ from .intake import MicroBatch, Slice
 from .migration import Migrator
 from .neighbours import Fold, PairSender, Place
 from .outlooks import Waiting
-from .scanning import Scanner, add_scanned
+from .scanning import Scanner
 from .settings import Settings
+from .user_rows import UserRows
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +71,10 @@ _PLACES_OF_MOVED: Final = 0.5
 class TakenApart:
     """A micro-batch in which nothing is bad or out of place."""
 
-    columns: Columns  # m events of n users
-    sources: list[int]  # m, with offsets: what the watermark counts
-    offsets: list[int]
+    users: Ids  # n
+    columns: Contributions  # m events
+    sources: NDArray[np.uint64]  # (m,), with offsets: what the watermark counts
+    offsets: NDArray[np.int64]  # (m,)
     items: list[tuple[list[ItemRecord], Origin]]  # per slice of the items topic
     oldest_ms: int  # record timestamp, for freshness
     forwarded: dict[Place, Place]  # source and offset that count -> where it was read
@@ -82,7 +86,7 @@ class TakenApart:
 class Prepared:
     """A micro-batch ready to be folded."""
 
-    users: list[str]  # n
+    users: Ids  # n
     events: EventColumns  # m
     arrived_items: list[int]  # item keys whose text came in this batch
     oldest_ms: int
@@ -219,7 +223,7 @@ class Updater:
     def warm_up(self) -> None:
         """Make ready what is compiled: half a minute where it never was on such a machine, a
         second where it was."""
-        self._scanner.scan([], [], 0)
+        self._scanner.scan([], [], 0).contributions(UserRows(0))
         self._profiles.warm_up()
 
     # --- take apart
@@ -229,30 +233,31 @@ class Updater:
         FlushTimedOut and TooManyRejects; then nothing of the batch may be committed."""
         with metrics.STAGE_S.labels("take_apart").time():
             items: list[tuple[list[ItemRecord], Origin]] = []
-            columns = Columns()
-            sources: list[int] = []
-            offsets: list[int] = []
+            users = UserRows(batch.records)
+            taken: list[Contributions] = []
+            places: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []
             read: dict[Place, Place] = {}
             for piece in batch.slices:
                 if piece.topic == self._items_topic:
                     items.append(self._take_items(piece))
                     continue
-                index = self._take_events(piece, columns)
+                events, index = self._take_events(piece, users)
+                taken.append(events)
                 forwarded = piece.topic == self._forwarded_topic
-                piece_sources, piece_offsets = origin_of(piece, index, forwarded)
-                sources += piece_sources
-                offsets += piece_offsets
+                sources, offsets = origin_of(piece, index, forwarded)
+                places.append((sources, offsets))
                 if forwarded and self._pairs is not None:
-                    places = zip(piece_sources, piece_offsets, strict=True)
-                    for i, place in zip(index, places, strict=True):
+                    counted = zip(sources.tolist(), offsets.tolist(), strict=True)
+                    for i, place in zip(index.tolist(), counted, strict=True):
                         read.setdefault(place, (piece.source, piece.offsets[i]))
             self._dead_letters.flush()
             if self._forwarder is not None:
                 self._forwarder.flush()
             return TakenApart(
-                columns,
-                sources,
-                offsets,
+                users.ids(),
+                joined(taken),
+                np.concatenate([np.zeros(0, np.uint64), *(sources for sources, _ in places)]),
+                np.concatenate([np.zeros(0, np.int64), *(offsets for _, offsets in places)]),
                 items,
                 min((min(s.timestamps_ms) for s in batch.slices), default=0),
                 read,
@@ -260,27 +265,33 @@ class Updater:
                 batch.sources,
             )
 
-    def _take_events(self, piece: Slice, columns: Columns) -> list[int]:
-        """Add the events of a slice, in order; their positions in it."""
-        first, ahead_ms = len(columns.row), int(self._settings.stream.max_ahead_s * 1000)
+    def _take_events(self, piece: Slice, users: UserRows) -> tuple[Contributions, Ints]:
+        """The events of a slice, in order, and their positions in it."""
+        ahead_ms = int(self._settings.stream.max_ahead_s * 1000)
         latest_ms = self._latest_ms(piece, ahead_ms)
-        index: list[int] = []
+        taken: list[Contributions] = []
+        at: list[Ints] = []
         left: Sequence[int] = range(len(piece.values))
         if self._forwarder is None:  # which sends events on as they were parsed
             scanned = self._scanner.scan(piece.values, piece.timestamps_ms, ahead_ms, latest_ms)
-            add_scanned(columns, scanned)
-            index, left = scanned.index, scanned.others
-            self._rejects.add(len(index), [])
-        for i in range(0, len(left), _PART_RECORDS):
-            part = left[i : i + _PART_RECORDS]
-            events, of_these = self._parse(piece.at(part), ahead_ms, latest_ms)
-            add_columns(columns, events, self._weights, self._layout.currency)
-            index += [part[k] for k in of_these]
-        order = sorted(range(len(index)), key=index.__getitem__) if left else []
-        if order != list(range(len(order))):
-            columns.arrange(first, order)
-            index.sort()
-        return index
+            taken.append(scanned.contributions(users))
+            at.append(scanned.index)
+            left = scanned.others.tolist()
+            self._rejects.add(len(scanned.index), [])
+        if left:
+            columns, index = Columns(), list[int]()
+            for i in range(0, len(left), _PART_RECORDS):
+                part = left[i : i + _PART_RECORDS]
+                events, of_these = self._parse(piece.at(part), ahead_ms, latest_ms)
+                add_columns(columns, events, self._weights, self._layout.currency)
+                index += [part[k] for k in of_these]
+            taken.append(columns.arrays(users))
+            at.append(np.asarray(index, np.int64))
+        if len(taken) == 1:
+            return taken[0], at[0]
+        positions = np.concatenate(at)
+        order = np.argsort(positions)
+        return joined(taken).at(order), positions[order]
 
     def _latest_ms(self, piece: Slice, ahead_ms: int) -> int:
         """The latest time of an event of this slice. A producer whose clock is wrong is no witness
@@ -338,9 +349,8 @@ class Updater:
             for records, origin in taken.items:
                 arrived += catalogue.upsert(records, origin)
             events, told = self._with_vectors(taken, catalogue)
-            users = list(taken.columns.users)
             return Prepared(
-                users,
+                taken.users,
                 events,
                 arrived + told,
                 taken.oldest_ms,
@@ -357,43 +367,38 @@ class Updater:
         """The events with their vectors, and the items they tell of that users wait for."""
         taken, told = batch.columns, list[int]()
         m, dimensions = len(taken.row), self._layout.dimensions
-        weight = np.asarray(taken.weight, dtype=np.float32)
         vector = np.zeros((m, dimensions), dtype=np.float32)
         resolved = np.ones(m, dtype=bool)  # an event without item and text has nothing to wait for
         category = np.zeros(m, dtype=np.uint64)
-        keys = catalogue.keys_of(taken.item_id)
-        at = np.flatnonzero(
-            [bool(i) and w != 0 for i, w in zip(taken.item_id, taken.weight, strict=True)]
-        )
+        at = np.flatnonzero((taken.item != 0) & (taken.weight != 0))
         if len(at) or taken.inline:  # an event without weight may still tell of its item
-            inline = dict(
-                zip(catalogue.keys_of(list(taken.inline)), taken.inline.values(), strict=True)
-            )
-            got = catalogue.resolve([keys[i] for i in at.tolist()], inline)
-            vector[at], resolved[at], category[at] = got.vectors, got.found, got.categories
+            items, of = np.unique(taken.item[at], return_inverse=True)
+            inline = {key64(item_id): record for item_id, record in taken.inline.items()}
+            got = catalogue.resolve(items.tolist(), inline)
+            vector[at], resolved[at], category[at] = (
+                got.vectors[of], got.found[of], got.categories[of]
+            )  # fmt: skip
             told = got.told
-        at = np.flatnonzero([bool(text) for text in taken.text])
         text = np.zeros(m, dtype=bool)
-        if len(at):
-            vector[at] = catalogue.engine.encode([taken.text[i] for i in at.tolist()], "query")
-            text[at] = True
+        if taken.text:
+            where = list(taken.text)
+            vector[where] = catalogue.engine.encode(list(taken.text.values()), "query")
+            text[where] = True
         events = EventColumns(
-            row=np.asarray(taken.row, dtype=np.int64),
-            source=np.asarray(batch.sources, dtype=np.uint64),
-            offset=np.asarray(batch.offsets, dtype=np.int64),
-            event=np.asarray(taken.event, dtype=np.uint64),
-            t_ms=np.asarray(taken.t_ms, dtype=np.int64),
-            type=np.asarray(taken.type, dtype=np.uint8),
-            weight=weight,
-            item=np.asarray(
-                [k if i else 0 for k, i in zip(keys, taken.item_id, strict=True)], dtype=np.uint64
-            ),
+            row=taken.row,
+            source=batch.sources,
+            offset=batch.offsets,
+            event=taken.event,
+            t_ms=taken.t_ms,
+            type=taken.type,
+            weight=taken.weight.astype(np.float32),
+            item=taken.item,
             category=category,
             vector=vector,
             resolved=resolved,
             text=text,
-            spend=np.asarray(taken.spend, dtype=np.float64),
-            foreign=np.asarray(taken.foreign, dtype=bool),
+            spend=taken.spend,
+            foreign=taken.foreign,
         )
         return events, told
 
@@ -411,7 +416,6 @@ class Updater:
                 self._profiles.forget_cached()
                 self._epoch = prepared.epoch
             self._in_parts(prepared)
-            self.foretell(prepared.users, catalogue)
             self.serve(prepared.arrived_items, catalogue)
         self._report(prepared)
         self._apply_s += time.monotonic() - began_s
@@ -441,21 +445,21 @@ class Updater:
         """By shopper, so that who was in a lane stays there: pairs are counted by their order."""
         everybody = _all_of(prepared)
         if len(prepared.users) < LANES * _PART_USERS:
-            return [partial(self._rounds, everybody)]
+            return [partial(self._rounds_and_outlooks, everybody)]
         lanes: list[list[int]] = [[] for _ in range(LANES)]
         for row, user in enumerate(prepared.users):
             lanes[lane_of(user)].append(row)
 
         def fold(mine: list[int]) -> None:
-            self._rounds(everybody.of(mine))
+            self._rounds_and_outlooks(everybody.of(mine))
 
         return [partial(fold, mine) for mine in lanes if mine]
 
     def _fold_and_save(self, prepared: Prepared, begin: int, end: int) -> None:
         """The users of these rows. The store does what is plain."""
-        catalogue = prepared.catalogue
+        catalogue, users = prepared.catalogue, prepared.users[begin:end]
         done = self._profiles.fold(
-            prepared.users[begin:end],
+            users,
             prepared.events,
             begin,
             catalogue.space,
@@ -470,6 +474,11 @@ class Updater:
         metrics.SAVES_REFUSED.inc(done.refused)
         if done.again:
             self._rounds(_all_of(prepared).of([begin + row for row in done.again]))
+        self.foretell(users, catalogue)
+
+    def _rounds_and_outlooks(self, work: _Work) -> None:
+        self._rounds(work)
+        self.foretell(work.users, work.catalogue)
 
     def _rounds(self, left: _Work) -> None:
         """Load, migrate, fold, save; those whose save was refused, again."""
@@ -556,8 +565,7 @@ class Updater:
     def resolve(self, users: list[str], catalogue: Catalogue) -> None:
         """Fold what these users' pending events can now contribute, and see that the rest is waited
         for. Raises as `apply`."""
-        self._rounds(_Work(users, catalogue))
-        self.foretell(users, catalogue)
+        self._rounds_and_outlooks(_Work(users, catalogue))
 
     def moved_elsewhere(self, users: Sequence[str], catalogue: Catalogue) -> None:
         """The sweeper moved these: what is remembered of them would be refused, and what was
@@ -603,7 +611,7 @@ class Updater:
 def _all_of(prepared: Prepared) -> _Work:
     events = prepared.events
     at = np.arange(len(events.row))
-    return _Work(prepared.users, prepared.catalogue, events, at, prepared)
+    return _Work(list(prepared.users), prepared.catalogue, events, at, prepared)
 
 
 def _is_split(profiles: Profiles, row: int, today: Collection[int]) -> bool:

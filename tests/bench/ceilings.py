@@ -19,7 +19,7 @@ import numpy as np
 
 from profiles import store as store_module
 from profiles.arithmetic import EventColumns, Layout
-from profiles.cache import Row
+from profiles.cache import Row, Rows
 from profiles.kernel import Folded
 from profiles.marks import Marks, steps_of
 from profiles.neighbours import LANES
@@ -56,7 +56,7 @@ def measure(settings: Settings, users: Sequence[str], events: int, space: str) -
     def parse(messages: list[kafka.Message]) -> None:
         values = [message.value() for message in messages]
         times_ms = [message.timestamp()[1] for message in messages]
-        others = scanner.scan(values, times_ms, ahead_ms).others
+        others = scanner.scan(values, times_ms, ahead_ms).others.tolist()
         ev.parse([values[i] for i in others], [times_ms[i] for i in others], ahead_ms)
 
     scanner.scan([], [], 0)  # compiled
@@ -128,8 +128,8 @@ def _packed(
     calls = -(-len(users) // store_module._CHUNK)
     with steps_of(store._marks, store._keys, calls) as steps:
         folded = store._kernel.fold(
-            users, rows, events, 0, space, int(events.offset[0]), time.time(), lambda keys: {}, {1},
-            steps,
+            users, Rows.of(rows), events, 0, space, int(events.offset[0]), time.time(),
+            lambda keys: {}, {1}, steps,
         )  # fmt: skip
         steps.made = 0  # what the other lane has is not waited for
     folded.payload = memoryview(bytes(folded.payload))  # the other lanes' go into the same buffer

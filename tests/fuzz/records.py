@@ -8,15 +8,14 @@ from functools import cache
 from itertools import islice
 from random import Random
 
-from stream.contributions import Columns, columns
 from stream.events import EVENT_MODELS, MAX_TS_MS, Item, Rejected, parse, parse_items
-from stream.scanning import add_scanned
 from stream.simulated_shop import Shop, Spec
 from stream.simulation import Events, items
+from stream.user_rows import UserRows
 from tests.fuzz.harness import Check
 from tests.fuzz.mutation import json_mutated, mutated
 from tests.properties.test_event_parsing import accounts_for_all, is_sound
-from tests.properties.test_scanning import AHEAD_MS, NOW_MS, SCANNER, WEIGHTS, assert_same
+from tests.properties.test_scanning import AHEAD_MS, NOW_MS, SCANNER, assert_same, parsed_alone
 
 _EACH = 60  # records of a type
 _FIELDS = sorted({n for m in (*EVENT_MODELS, Item) for n in m.model_fields} | {"colour", ""})
@@ -68,12 +67,13 @@ def event_parser() -> Check:
         parsed = parse(values, record_ms, AHEAD_MS, latest_ms)
         event_at = dict(zip(parsed.index, parsed.events, strict=True))
         scanned = SCANNER.scan(values, record_ms, AHEAD_MS, latest_ms)
-        assert sorted(scanned.index + scanned.others) == list(range(len(values)))
-        refused = [values[i] for i in scanned.index if i not in event_at]
+        index = scanned.index.tolist()
+        assert sorted(index + scanned.others.tolist()) == list(range(len(values)))
+        refused = [values[i] for i in index if i not in event_at]
         assert not refused, f"taken by the scanner alone: {refused[0]!r}"
-        out = Columns()
-        add_scanned(out, scanned)
-        assert_same(out, columns([event_at[i] for i in scanned.index], WEIGHTS, "EUR"))
+        users = UserRows(len(values))
+        out = scanned.contributions(users), users
+        assert_same(out, parsed_alone([event_at[i] for i in index]))
         assert accounts_for_all(parsed, len(values))
         assert all(is_sound(event, record_ms[i]) for i, event in event_at.items())
         _assert_told(parsed.rejects)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from profiles import arithmetic, schema
 from profiles.arithmetic import Layout
+from profiles.cache import Rows
 from profiles.fates import APPLIED
 from profiles.kernel import Folded, Kernel
 from profiles.trail import Steps
@@ -50,7 +51,16 @@ def fold(
     users = sorted({event.user_id for event in events})
     stored = [rows.get(user, (b"", b"")) for user in users]
     folded = kernel(layout).fold(
-        users, stored, columns(events, users), 0, SPACE, WRITER, NOW_S, _known, sources, STEPS
+        users,
+        Rows.of(stored),
+        columns(events, users),
+        0,
+        SPACE,
+        WRITER,
+        NOW_S,
+        _known,
+        sources,
+        STEPS,
     )
     return users, folded
 
@@ -128,7 +138,7 @@ def assert_same(rows: dict[str, Row], events: Sequence[Event], layout: Layout = 
         assert mine == five[users.index(user)], user
         json.loads(mine[3])
     for user, mine in zip(written, arguments, strict=True):
-        rows[user] = folded.row(users.index(user))
+        rows[user] = folded.rows.row(users.index(user))
         assert rows[user] == (mine[2], mine[1])
     for user in left:  # as the worker does
         theirs = [event for event in events if event.user_id == user]
@@ -198,7 +208,7 @@ def test_many_events_of_one_shopper_agree_to_rounding() -> None:
         [item_event(i % 6, NOW_MS + 1000 * (i ^ 5), 0.1 * (i % 9 - 3)) for i in range(800)]
     )
     users, folded = fold({}, events)
-    state, fence = folded.row(0)
+    state, fence = folded.rows.row(0)
     _, [args] = reference({}, users, events)
     got, want = arithmetic.decode("u", state, fence), arithmetic.decode("u", args[2], args[1])
     assert (got.events, got.counts, got.watermark) == (want.events, want.counts, want.watermark)
@@ -225,7 +235,7 @@ def test_a_user_is_split_once_and_over_partitions_of_today_only() -> None:
 
     def split(event: Event, today: Sequence[int]) -> list[int]:
         _, folded = fold(rows, [event], sources=today)
-        rows[event.user_id] = folded.row(0)
+        rows[event.user_id] = folded.rows.row(0)
         return folded.split.tolist()
 
     rows: dict[str, Row] = {}

@@ -6,19 +6,22 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from profiles.schema import key64
-from stream.contributions import Columns, add_columns, columns, event_weights
-from stream.events import MAX_TS_MS, MIN_TS_MS, parse
-from stream.scanning import Scanner, add_scanned
+from stream.contributions import Contributions, columns, event_weights, joined
+from stream.events import MAX_TS_MS, MIN_TS_MS, Event, parse
+from stream.scanning import Scanner
+from stream.user_rows import UserRows
 from tests.properties.test_event_parsing import damaged_bytes, damaged_json, json_values
 
 AHEAD_MS, NOW_MS = 300_000, 1_760_000_000_000
 WEIGHTS = event_weights({"view": 0.25, "impression": 0.1})
 SCANNER = Scanner(WEIGHTS, "EUR")
+Taken = tuple[Contributions, UserRows]
 
 printable = st.characters(min_codepoint=0x20, max_codepoint=0x7F)
 words = st.text(printable, max_size=12) | st.sampled_from(["", " a", "a ", "a\x00", "ü", "a" * 129])
@@ -73,32 +76,34 @@ def nearly_plain(draw: st.DrawFn) -> bytes:
 
 def both(
     values: Sequence[bytes | None], record_ms: Sequence[int], latest_ms: int = MAX_TS_MS
-) -> tuple[Columns, Columns, int]:
+) -> tuple[Taken, Taken, int]:
     """By the scanner with `parse` for the others, and by `parse` alone; how many it took."""
     scanned = SCANNER.scan(values, record_ms, AHEAD_MS, latest_ms)
-    out = Columns()
-    add_scanned(out, scanned)
-    others = parse(
-        [values[i] for i in scanned.others],
-        [record_ms[i] for i in scanned.others],
-        AHEAD_MS,
-        latest_ms,
-    )
-    add_columns(out, others.events, WEIGHTS, "EUR")
-    index = scanned.index + [scanned.others[i] for i in others.index]
-    out.arrange(0, sorted(range(len(index)), key=index.__getitem__))
+    users = UserRows(len(values))
+    out = scanned.contributions(users)
+    left = scanned.others.tolist()
+    others = parse([values[i] for i in left], [record_ms[i] for i in left], AHEAD_MS, latest_ms)
+    out = joined([out, columns(others.events, WEIGHTS, "EUR").arrays(users)])
+    index = np.concatenate([scanned.index, np.array([left[i] for i in others.index], np.int64)])
+    out = out.at(np.argsort(index))
     parsed = parse(values, record_ms, AHEAD_MS, latest_ms)
-    assert sorted(index) == parsed.index
-    return out, columns(parsed.events, WEIGHTS, "EUR"), len(scanned.index)
+    assert sorted(index.tolist()) == parsed.index
+    return (out, users), parsed_alone(parsed.events), len(scanned.index)
 
 
-def assert_same(out: Columns, want: Columns) -> None:
-    names = [list(columns.users) for columns in (out, want)]
-    users = [[of[row] for row in side.row] for of, side in zip(names, (out, want), strict=True)]
-    assert users[0] == users[1]
-    for name in ("event", "t_ms", "type", "weight", "item_id", "text", "spend", "foreign"):
-        assert getattr(out, name) == getattr(want, name), name
-    assert out.inline == want.inline
+def parsed_alone(events: Sequence[Event]) -> Taken:
+    users = UserRows(len(events))
+    return columns(events, WEIGHTS, "EUR").arrays(users), users
+
+
+def assert_same(out: Taken, want: Taken) -> None:
+    names = [[list(users.ids())[row] for row in side.row] for side, users in (out, want)]
+    assert names[0] == names[1]
+    for name in ("event", "t_ms", "type", "weight", "item", "spend", "foreign"):
+        one, other = getattr(out[0], name), getattr(want[0], name)
+        assert one.dtype == other.dtype
+        assert one.tolist() == other.tolist(), name
+    assert (out[0].text, out[0].inline) == (want[0].text, want[0].inline)
 
 
 @given(
@@ -129,7 +134,7 @@ def test_ids_of_any_length_have_the_key_of_their_sha256(size: int) -> None:
     event_id = event_id.replace('"', "y")
     value = {"type": "click", "user_id": "u", "item_id": "i", "event_id": event_id}
     scanned = SCANNER.scan([json.dumps(value).encode()], [NOW_MS], AHEAD_MS)
-    assert scanned.event == [key64(event_id)]
+    assert scanned.event.tolist() == [key64(event_id)]
 
 
 def test_plain_events_do_not_need_parse() -> None:
@@ -143,4 +148,4 @@ def test_plain_events_do_not_need_parse() -> None:
     out, want, taken = both(values, [NOW_MS] * len(values))
     assert taken == len(values)
     assert_same(out, want)
-    assert out.spend[0] == 2.55 * 6
+    assert out[0].spend[0] == 2.55 * 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
 import pytest
 
 from stream import events as ev
@@ -40,26 +41,31 @@ def _origin(source: int, offset: int) -> tuple[str, bytes]:
     return ORIGIN, struct.pack("<Qq", source, offset)
 
 
+def _origins(piece: Slice, index: list[int], forwarded: bool) -> tuple[list[int], list[int]]:
+    sources, offsets = origin_of(piece, np.array(index), forwarded)
+    return sources.tolist(), offsets.tolist()
+
+
 def test_a_forwarded_event_counts_by_the_partition_and_offset_it_came_from() -> None:
     piece = _slice([[_origin(2**64 - 1, 5)], None, [("trace", b"x"), _origin(9, 2**40)]])
-    assert origin_of(piece, [0, 2], forwarded=True) == ([2**64 - 1, 9], [5, 2**40])
+    assert _origins(piece, [0, 2], forwarded=True) == ([2**64 - 1, 9], [5, 2**40])
 
 
 def test_events_of_other_topics_count_by_their_own_offset_whatever_header_they_bear() -> None:
     piece = _slice([[_origin(9, 5)], None], topic="penchant.events")
-    assert origin_of(piece, [0, 1], forwarded=False) == ([77, 77], [100, 101])
+    assert _origins(piece, [0, 1], forwarded=False) == ([77, 77], [100, 101])
 
 
 @pytest.mark.parametrize("headers", [None, [], [(ORIGIN, None)], [(ORIGIN, b"short")]])
 def test_an_event_that_somebody_else_put_into_the_forwarded_topic_counts_by_its_offset(
     headers: Headers,
 ) -> None:
-    assert origin_of(_slice([headers]), [0], forwarded=True) == ([77], [100])
+    assert _origins(_slice([headers]), [0], forwarded=True) == ([77], [100])
 
 
 def test_rejected_records_leave_no_hole_in_the_positions() -> None:
     piece = _slice([None, None, None], topic="penchant.events")
-    assert origin_of(piece, [0, 2], forwarded=False) == ([77, 77], [100, 102])
+    assert _origins(piece, [0, 2], forwarded=False) == ([77, 77], [100, 102])
 
 
 @pytest.fixture
