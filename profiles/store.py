@@ -117,7 +117,8 @@ class ProfileStore:
         """Save what `carry` brings into `space` of n users' profiles, and nothing else of them; the
         positions of who was moved, and of who is in another space yet and was left out. Whoever was
         saved by others meanwhile is among neither. Raises as `carry`, and RedisUnavailable."""
-        rows = self._rows(user_ids)
+        found = self._rows(user_ids)
+        rows = [found.row(i) for i in range(len(user_ids))]
         states = [state for state, _ in rows]
         carried = carry(states, self._kernel)
         users = list(carried)
