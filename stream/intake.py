@@ -55,7 +55,6 @@ _BYTES_PER_TOKEN: Final = 4
 # Micro-batches that the updater works on at a time: one is prepared while one is applied.
 _IN_WORK: Final = 2
 _BUSY_STEP_S: Final = 0.005
-_GROW_S: Final = 0.5  # beyond the deadline, if the updater stays busy
 _TEXTLESS_BYTES: Final = 256
 # A broker that just started may not know a topic for a moment.
 _ABSENCES: Final = 5
@@ -344,7 +343,9 @@ class Intake(Service):  # type: ignore[misc]
             records += len(messages)
             if records >= stream.batch_records or budget_bytes <= 0:
                 break
-            if left_s <= 0 and not (slices and left_s > -_GROW_S and self._updater_is_busy()):
+            if left_s <= 0 and not (
+                slices and left_s > -stream.batch_grow_ms / 1000 and self._updater_is_busy()
+            ):
                 break
         if not slices:
             return None

@@ -94,6 +94,9 @@ class StreamSettings(_Group):
     batch_tokens: Annotated[int, Field(ge=256)] = 65_536
     """A micro-batch also closes when its records hold about this many tokens of text."""
     batch_deadline_ms: Annotated[float, Field(gt=0)] = 20.0
+    batch_grow_ms: Annotated[float, Field(ge=0)] = 500.0
+    """A micro-batch grows on for this long while the updater is busy with others: no record waits
+    longer for its batch than for both."""
     buffered_batches: Annotated[int, Field(ge=1)] = 4
     """Micro-batches waiting for the updater before partitions are paused."""
     cached_profiles: Annotated[int, Field(ge=0)] = 100_000

@@ -238,6 +238,23 @@ def test_a_micro_batch_closes_sooner_when_its_records_are_long(make_topic: MakeT
         assert max(batch.records for batch in reader.begun) <= 1024
 
 
+@pytest.mark.parametrize(("grow_ms", "grows"), [(0, False), (1_500, True)])
+def test_a_micro_batch_grows_while_the_updater_is_busy_and_no_longer_than_it_may(
+    make_topic: MakeTopic, grow_ms: float, grows: bool
+) -> None:
+    topic = make_topic(batch_deadline_ms=20, batch_grow_ms=grow_ms)
+    with topic.read(at_once=False) as reader:
+        began_s = time.monotonic()
+        while len(reader.waiting) < 3:  # the first two keep the updater busy
+            topic.send(1)
+            time.sleep(0.05)
+            assert time.monotonic() < began_s + 60
+        third = reader.waiting[2]
+    clock_ms = [ms for piece in third.slices for ms in piece.timestamps_ms]
+    assert (third.records > 5) == grows
+    assert max(clock_ms) - min(clock_ms) <= 20 + grow_ms + 500  # of a busy machine
+
+
 # --- what is committed ---------------------------------------------------------------------
 
 
