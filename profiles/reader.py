@@ -92,15 +92,11 @@ def _matrix(buckets: Sequence[Mapping[bytes, bytes]]) -> _ItemMatrix:
 
 
 def _found(user_id: str, reply: Sequence[bytes | None]) -> Profile:
-    state, fence, next_, heads = reply
-    if state is None:
-        raise ProfileNotFound(f"no profile of user {user_id!r}: never seen, expired or erased")
-    profile = arithmetic.decode(user_id, state, fence or b"")
-    if profile.events == 0:  # what `forget` leaves: a watermark and nothing else
-        raise ProfileNotFound(f"no profile of user {user_id!r}: erased on request")
-    revision = arithmetic.read_fence_header(fence)[0] if fence else 0
-    told = outlook.decode(next_, heads, profile.space, revision, time.time())
-    return replace(profile, outlook=told)
+    found = _known([user_id], [reply])
+    if not found:
+        gone = "never seen, expired or erased" if reply[0] is None else "erased on request"
+        raise ProfileNotFound(f"no profile of user {user_id!r}: {gone}")
+    return found[user_id]
 
 
 def _query(profile: Profile, scale: int | None) -> Floats:
@@ -174,12 +170,19 @@ def _ranked(
 
 
 def _known(user_ids: Sequence[str], replies: Sequence[Any]) -> dict[str, Profile]:
-    found = {}
-    for user_id, reply in zip(user_ids, replies, strict=True):
-        try:
-            found[user_id] = _found(user_id, reply)
-        except ProfileNotFound:
-            continue
+    """Those who have a profile; what `forget` leaves is none: a watermark and nothing else."""
+    there = [(u, reply) for u, reply in zip(user_ids, replies, strict=True) if reply[0] is not None]
+    profiles = arithmetic.decode_many(
+        [user_id for user_id, _ in there],
+        [reply[0] for _, reply in there],
+        [reply[1] or b"" for _, reply in there],
+    )
+    found, now_s = {}, time.time()
+    for (user_id, (_, fence, next_, heads)), profile in zip(there, profiles, strict=True):
+        if profile.events:
+            revision = arithmetic.read_fence_header(fence)[0] if fence else 0
+            told = outlook.decode(next_, heads, profile.space, revision, now_s)
+            found[user_id] = replace(profile, outlook=told) if told else profile
     return found
 
 

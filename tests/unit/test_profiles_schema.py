@@ -133,6 +133,22 @@ def test_a_profile_of_nan_or_infinity_is_corrupt_to_a_reader(name: str) -> None:
             arithmetic.decode("u", with_field(state, name, number), fence)
 
 
+def test_profiles_read_together_are_those_read_alone_whatever_their_layout() -> None:
+    examples = [(bytes.fromhex(e["state"]), bytes.fromhex(e["fence"])) for e in GOLDEN]
+    state, fence = stored()
+    other = with_field(state, "half_lives_s", np.asarray(LAYOUT.half_lives_s) * 2)
+    pairs = [(state, fence), *examples, (other, fence), (state, fence)]
+    ids = [f"u{i}" for i in range(len(pairs))]
+    alone = [arithmetic.decode(u, *pair) for u, pair in zip(ids, pairs, strict=True)]
+    together = arithmetic.decode_many(ids, *map(list, zip(*pairs, strict=True)))
+    assert len({profile.half_lives_s for profile in alone}) > 1
+    for one, of_all in zip(alone, together, strict=True):
+        np.testing.assert_equal(vars(of_all), vars(one))
+    pairs[2] = with_field(pairs[2][0], "masses", math.nan), fence
+    with pytest.raises(StateCorrupt, match="user 'u2': it holds NaN"):
+        arithmetic.decode_many(ids, *map(list, zip(*pairs, strict=True)))
+
+
 def test_a_half_life_of_nan_among_others_is_corrupt_to_a_reader() -> None:
     state, fence = stored()
     middle = [LAYOUT.half_lives_s[0], math.nan, LAYOUT.half_lives_s[-1]]
