@@ -252,6 +252,7 @@ def _bounds(learn: LearnSettings) -> Bounds:
         norm_ratio=learn.norm_ratio,
         least_transition_cosine=learn.transition_cosine,
         least_count=learn.least_targets,
+        least_slice_count=learn.least_slice_targets,
     )
 
 

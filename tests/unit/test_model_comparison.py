@@ -78,6 +78,25 @@ def test_slices_hold_all_targets_once_and_rare_items_apart(candidate: Candidate)
     assert count["recall@20 of rare items"] == 0
 
 
+def test_the_more_slices_are_looked_at_the_wider_their_intervals() -> None:
+    rng = np.random.default_rng(0)
+    one, other = (Contender(unit_rows(rng.normal(size=(60, 16)))) for _ in range(2))
+    windows = circle(items=60, users=120)
+
+    def width(slices: int) -> float:
+        found = compare(
+            windows, one, other, cut_ms=int(np.quantile(windows.t_ms, 0.9)),
+            item_events=np.full(60, 100), events=8, half_lives_s=HALF_LIVES_S,
+            item_slices={f"slice {k}": np.ones(60, dtype=bool) for k in range(slices)},
+        )  # fmt: skip
+        figure = found.slices[-1]
+        assert figure.name == f"recall@20 of slice {slices - 1}"
+        assert figure.low < figure.difference < figure.high
+        return figure.high - figure.low
+
+    assert width(8) > 1.1 * width(1)
+
+
 def test_numbers_that_are_none_are_counted(candidate: Candidate) -> None:
     broken = candidate.vectors.copy()
     broken[0, 0] = np.nan
