@@ -104,6 +104,7 @@ def compare(
         newest=newest.figure(METRIC),
         older=(older.figure(METRIC),),
         heads=heads,
+        lost_heads=_lost(current.heads, candidate.heads),
         slices=tuple(
             newest.figure(f"{METRIC} of {name}", at, one_of=present) for name, at in slices.items()
         ),
@@ -222,6 +223,11 @@ def _heads(
             Figure(f"{name} -ECE", -errors[0], -errors[1], change, change, len(label))
         )
     return tuple(right), tuple(calibrated)
+
+
+def _lost(current: Heads | None, candidate: Heads | None) -> tuple[str, ...]:
+    before, after = (heads.learned() if heads else set[str]() for heads in (current, candidate))
+    return tuple(sorted(before - after))
 
 
 def _auc(name: str, of: Sequence[Floats], label: npt.NDArray[Any], users: Ints) -> Figure:

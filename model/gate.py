@@ -45,6 +45,8 @@ class Comparison:
     """The figure that a candidate has to improve, on the newest windows."""
     older: tuple[Figure, ...] = ()
     heads: tuple[Figure, ...] = ()
+    lost_heads: tuple[str, ...] = ()
+    """Those of the current release that say something and of the candidate do not."""
     slices: tuple[Figure, ...] = ()
     """New users, rare items and categories, scripts, …; intervals are for all of them at once."""
     served: tuple[Figure, ...] = ()
@@ -129,6 +131,8 @@ def record(decision: Decision, candidate: str, parent: str, at: str) -> dict[str
 def _broken(comparison: Comparison, bounds: Bounds) -> Iterable[str]:
     if comparison.non_finite:
         yield f"{comparison.non_finite} numbers are NaN or infinite"
+    for name in comparison.lost_heads:
+        yield f"head {name}: the live release's has learned, the candidate's has not"
     for name, (current, candidate) in comparison.norms.items():
         sane = current > 0 and candidate > 0 and math.isfinite(candidate)
         if not sane or not 1 / bounds.norm_ratio <= candidate / current <= bounds.norm_ratio:

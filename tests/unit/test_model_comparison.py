@@ -11,6 +11,7 @@ from model import training_rows as tr
 from model.candidate import Candidate
 from model.comparison import Contender, compare, weight_norms
 from model.gate import Comparison
+from model.heads import Heads
 from model.projection import unit_rows
 from model.training_data import decayed_interests
 from profiles import arithmetic
@@ -68,6 +69,19 @@ def test_nobody_is_better_than_themselves(candidate: Candidate) -> None:
     assert [figure.difference for figure in found.heads] == [0.0] * len(found.heads)
     assert found.heads  # `purchase` has both classes
     assert not gate.decide(found).accepted
+
+
+def test_a_head_that_was_learned_and_is_lost_is_refused(candidate: Candidate) -> None:
+    """Its training met one class only, as after an archive was cut short."""
+    live, after = Contender.of(candidate), Contender.of(candidate)
+    assert candidate.heads.learned() == {"purchase"}
+    one_class = Heads(candidate.heads.kinds)
+    found = _compare(live, replace(after, heads=one_class), candidate)
+    assert found.lost_heads == ("purchase",)
+    better = replace(found, newest=gate.Figure("recall@20", 0.1, 0.2, 0.05, 0.15, 1_000), slices=())
+    (reason,) = gate.decide(better).reasons
+    assert reason == "head purchase: the live release's has learned, the candidate's has not"
+    assert _compare(replace(live, heads=one_class), after, candidate).lost_heads == ()
 
 
 def test_slices_hold_all_targets_once_and_rare_items_apart(candidate: Candidate) -> None:
