@@ -12,6 +12,7 @@
         transition.safetensors    the maps from the parent's space to this one and back
         metrics.json              the figures it was accepted on
         window_encoder.safetensors, …: parts that this module does not look into
+    HOLD                          where it is, the trainer moves CURRENT no more; see `rollback`
     HISTORY                       a line of JSON per move of CURRENT
     DECISIONS                     a line of JSON per verdict of the gate, rejections too
 
@@ -61,6 +62,7 @@ BASE_FORMAT: Final = 1
 FORMAT_VERSION: Final = 2  # 1 knows no parts beside encoder and projection
 
 CURRENT = "CURRENT"
+HOLD = "HOLD"
 HISTORY = "HISTORY"
 DECISIONS = "DECISIONS"
 MANIFEST = "manifest.json"
@@ -349,7 +351,8 @@ def history(releases_dir: Path) -> list[Move]:
 
 
 def rollback(releases_dir: Path, *, now: datetime | None = None) -> Release:
-    """Make the release live that was before the current one, and again the one before that.
+    """Make the release live that was before the current one, and again the one before that; and put
+    a hold on it, for the trainer would learn from the same events what was just taken back.
 
     Raises ReleaseMissing where there is none, and what `load` raises; then nothing moved.
     """
@@ -369,11 +372,51 @@ def rollback(releases_dir: Path, *, now: datetime | None = None) -> Release:
             f"{current or 'the first'}"
         )
     release = load(releases_dir / live[-1])
+    _put_hold(
+        releases_dir, Hold((now or datetime.now(UTC)).isoformat(), f"{current} {ROLLED_BACK}")
+    )
     make_current(release, expected=current, why=ROLLED_BACK, now=now)
     return release
 
 
 ROLLED_BACK: Final = "rolled back"
+
+
+@dataclass(frozen=True)
+class Hold:
+    """What keeps the trainer from making its candidates live."""
+
+    at: str
+    why: str
+
+
+def _put_hold(releases_dir: Path, hold: Hold) -> None:
+    with _writable(releases_dir):
+        _replace_file(releases_dir / HOLD, json.dumps(asdict(hold), ensure_ascii=False) + "\n")
+
+
+def held(releases_dir: Path) -> Hold | None:
+    """The hold on these releases, if there is one: any file of that name is."""
+    file = releases_dir / HOLD
+    try:
+        text, since_s = file.read_text(encoding="utf-8", errors="replace"), file.stat().st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return Hold(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        at = datetime.fromtimestamp(since_s, UTC).isoformat(timespec="seconds")
+        return Hold(at, f"there is a file {HOLD}")
+
+
+def resume(releases_dir: Path) -> Hold | None:
+    """Take the hold away; what it was. Raises ReleaseUnwritable."""
+    hold = held(releases_dir)
+    if hold is not None:
+        with _writable(releases_dir):
+            (releases_dir / HOLD).unlink(missing_ok=True)
+            _sync(releases_dir)
+    return hold
 
 
 def record_decision(releases_dir: Path, decision: Mapping[str, Any]) -> None:

@@ -292,7 +292,13 @@ def learn() -> None:
         f"({newest['low']:+.4f} to {newest['high']:+.4f})",
         highlight=False,
     )
-    if outcome.release is None:
+    if outcome.hold is not None:
+        console.print(
+            f"held: the gate accepts it, but releases are on hold since {outcome.hold.at} "
+            f"({outcome.hold.why}); `penchant releases resume` ends that",
+            highlight=False,
+        )
+    elif outcome.release is None:
         for reason in outcome.decision.reasons:
             console.print(f"rejected: {plain(reason)}", highlight=False)
         console.print(f"{outcome.parent.id} stays live", highlight=False)

@@ -30,8 +30,10 @@ from model.projection import Projection
 from model.ranker import RANKER, Weights, first_weights, load_weights, save_weights
 from model.releases import (
     PROJECTION,
+    Hold,
     Release,
     decisions,
+    held,
     load_current,
     make_current,
     publish,
@@ -72,7 +74,9 @@ class Outcome:
     parent: Release
     decision: Decision
     release: Release | None
-    """The new live release; None where the gate rejected the candidate."""
+    """The new live release; None where the gate rejected the candidate, or releases are on hold."""
+    hold: Hold | None = None
+    """What kept a candidate that the gate accepted from going live."""
 
 
 def learn(
@@ -194,12 +198,15 @@ def _decide(
         ranker, served = _fit_ranker(settings, parent, material.windows, live, candidate)
         comparison = replace(comparison, served=(*comparison.served, served))
     decision = gate.decide(comparison, _bounds(settings.learn))
+    hold = held(settings.model.releases) if decision.accepted else None
     release = None
-    if decision.accepted:
+    if decision.accepted and hold is None:
         release = _publish(settings, parent, material, candidate, decision, transition, ranker, now)
     about = gate.record(
         decision, release.id if release else str(candidate.path), parent.id, now.isoformat()
     )
+    if hold is not None:
+        about |= {"decision": "held", "reasons": [f"on hold since {hold.at}: {hold.why}"]}
     if release is not None:
         try:
             make_current(release, expected=parent.id, why="learned", now=now)
@@ -209,7 +216,7 @@ def _decide(
             shutil.rmtree(candidate.path)
             raise
     record_decision(settings.model.releases, about)
-    return Outcome(len(material.kept), parent, decision, release)
+    return Outcome(len(material.kept), parent, decision, release, hold)
 
 
 def _contender(base: Base, catalogue: Catalogue) -> Contender:

@@ -27,6 +27,8 @@ releases_app = typer.Typer(
     help="Releases: build the base, list them, compare them, make one live.", no_args_is_help=True
 )
 
+_ON_HOLD = "the trainer makes nothing live until `penchant releases promote` or `resume`"
+
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 Name = Annotated[str, typer.Argument(help="The release's id, or its first letters.")]
 
@@ -93,6 +95,8 @@ def list_(as_json: AsJson = False) -> None:
         console.print(f"no releases in {folder}: type `penchant releases build`", highlight=False)
     else:
         console.print(listing_table(shown))
+        if (hold := shown["hold"]) is not None:
+            console.print(f"on hold since {hold['at']}: {hold['why']}; {_ON_HOLD}", highlight=False)
         if (sweep := shown["sweep"]) is not None:
             state = "done" if sweep["done"] else "going on"
             console.print(
@@ -130,20 +134,40 @@ def diff(name: Name, other: Name, as_json: AsJson = False) -> None:
 
 @releases_app.command()
 def promote(name: Name, as_json: AsJson = False) -> None:
-    """Make a release the live one, once its files are checked. Workers follow by themselves."""
+    """Make a release the live one, once its files are checked. Workers follow by themselves, and a
+    hold ends."""
     from model.releases import make_current
+    from model.releases import resume as take_hold_away
 
     release = _release(name)
     make_current(release)
+    take_hold_away(_folder())
     _say_live(release, as_json)
 
 
 @releases_app.command()
 def rollback(as_json: AsJson = False) -> None:
-    """Make the release live that was before this one; again: the one before that."""
+    """Make the release live that was before this one; again: the one before that. The trainer makes
+    nothing live from then on, until `promote` or `resume`."""
     from model.releases import rollback as roll_back
 
     _say_live(roll_back(_folder()), as_json)
+    if not as_json:
+        console.print(f"on hold: {_ON_HOLD}", highlight=False)
+
+
+@releases_app.command()
+def resume(as_json: AsJson = False) -> None:
+    """End the hold that `rollback` left: what the trainer learns may go live again."""
+    from model.releases import resume as take_hold_away
+
+    hold = take_hold_away(_folder())
+    if as_json:
+        _print_json({"hold": None if hold is None else asdict(hold)})
+    elif hold is None:
+        console.print("nothing was on hold")
+    else:
+        console.print(f"on hold no more, after {hold.why} at {hold.at}", highlight=False)
 
 
 def _say_live(release: Release, as_json: bool) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 
 from rich.table import Table
 
-from model.releases import Listed, Release, decisions, history, list_releases
+from model.releases import Listed, Release, decisions, held, history, list_releases
 
 
 def listing(releases_dir: Path) -> dict[str, Any]:
-    """Releases, oldest first; moves and decisions likewise."""
-    verdicts = decisions(releases_dir)
+    """Releases, oldest first; moves and decisions likewise; and the hold, if there is one."""
+    verdicts, hold = decisions(releases_dir), held(releases_dir)
     return {
         "releases": [_listed(x, _verdict(verdicts, x.id)) for x in list_releases(releases_dir)],
         "moves": [asdict(move) for move in history(releases_dir)],
         "decisions": verdicts,
+        "hold": None if hold is None else asdict(hold),
     }
 
 

@@ -28,6 +28,8 @@ from model.releases import (
     list_releases,
     load_current,
     make_current,
+    resume,
+    rollback,
     tower_id,
 )
 from model.text import item_text, text_version
@@ -230,6 +232,27 @@ def test_a_second_turn_starts_from_what_the_first_one_learned(
     newest = second.decision.figures["comparison"]["newest"]
     assert newest["current"] > 0.8  # it knows the circle
     assert np.isfinite(newest["candidate"])
+
+
+def test_what_was_rolled_back_does_not_come_back_until_releases_resume(
+    shop: Settings, items: ItemStore, turn: Turn
+) -> None:
+    _store(items, _records())
+    _fill(shop, _circle())
+    folder = shop.model.releases
+    taken_back = turn().release
+    assert taken_back is not None
+    base = rollback(folder)
+    outcome = turn()  # from the same release on the same events
+    assert outcome.decision.accepted
+    assert outcome.release is None
+    assert outcome.hold is not None
+    assert outcome.hold.why == f"{taken_back.id} rolled back"
+    assert load_current(folder) == base
+    assert [about["decision"] for about in decisions(folder)] == ["accept", "held"]
+    assert len(list_releases(folder)) == 2
+    assert resume(folder) == outcome.hold
+    assert turn().release == load_current(folder) != base
 
 
 def test_without_events_or_items_it_says_what_to_do(

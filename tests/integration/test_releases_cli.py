@@ -97,6 +97,23 @@ def test_promoting_and_rolling_back_move_the_pointer(base: Release, run: Run) ->
         run("rollback")
 
 
+@pytest.mark.parametrize("ends", [("promote", "base"), ("resume",)])
+def test_a_rollback_holds_until_somebody_says_otherwise(
+    base: Release, run: Run, ends: tuple[str, ...]
+) -> None:
+    second = build_turned_release(base, 2)
+    run("promote", second.id)
+    assert answer(run("list", "--json"))["hold"] is None
+    assert "`resume`" in run("rollback").stdout
+    hold = answer(run("list", "--json"))["hold"]
+    assert hold["why"] == f"{second.id} rolled back"
+    assert f"on hold since {hold['at']}" in run("list").stdout
+    run(*ends)
+    assert answer(run("list", "--json"))["hold"] is None
+    assert "on hold" not in run("list").stdout
+    assert run("resume").stdout == "nothing was on hold\n"
+
+
 def test_a_damaged_release_is_not_promoted(base: Release, run: Run) -> None:
     second = build_turned_release(base, 2)
     (second.path / "metrics.json").write_text("{}")

@@ -29,9 +29,11 @@ from model.errors import (
 )
 from model.projection import Projection, unit_rows
 from model.releases import (
+    Hold,
     Release,
     build_base,
     decisions,
+    held,
     history,
     list_releases,
     load,
@@ -39,6 +41,7 @@ from model.releases import (
     make_current,
     publish,
     record_decision,
+    resume,
     rollback,
 )
 from model.text import text_version
@@ -307,6 +310,25 @@ def test_moves_are_remembered_and_undone_one_by_one(base: Release) -> None:
     assert [m.why for m in history(folder)][-2:] == ["promoted", "rolled back"]
 
 
+def test_a_rollback_leaves_a_hold_with_time_and_reason(base: Release) -> None:
+    folder, one = base.path.parent, train(base)
+    for release in (base, one):
+        make_current(release, now=NOW)
+    assert (held(folder), resume(folder)) == (None, None)
+    rollback(folder, now=NOW)
+    assert held(folder) == Hold(NOW.isoformat(), f"{one.id} rolled back")
+    with pytest.raises(ReleaseMissing):
+        rollback(folder)
+    assert resume(folder) == Hold(NOW.isoformat(), f"{one.id} rolled back")
+    assert held(folder) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff{", b"[1]", b'{"why": 3}'])
+def test_any_file_named_hold_holds(base: Release, content: bytes) -> None:
+    (base.path.parent / "HOLD").write_bytes(content)
+    assert held(base.path.parent) is not None
+
+
 def test_a_rollback_to_a_damaged_release_moves_nothing(base: Release) -> None:
     one, two = train(base, 1), train(base, 2)
     for release in (one, two):
@@ -315,6 +337,7 @@ def test_a_rollback_to_a_damaged_release_moves_nothing(base: Release) -> None:
     with pytest.raises(ReleaseCorrupt):
         rollback(base.path.parent, now=NOW)
     assert load_current(base.path.parent).id == two.id
+    assert held(base.path.parent) is None
 
 
 def test_a_line_of_history_that_a_crash_cut_short_does_no_harm(base: Release) -> None:
