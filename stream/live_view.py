@@ -358,6 +358,17 @@ def swap_words(learning: Learning) -> str:
     )
 
 
+def no_swap_words(learning: Learning) -> str:
+    """One line: why the worker serves what it began with."""
+    if not learning.verdicts:
+        return "no swap came: no fine-tune had ended by then; the trainer's log says how far it was"
+    last, count = learning.verdicts[-1], len(learning.verdicts)
+    if last.accepted:
+        return f"no swap came: {last.name} is live, and the worker was still making it ready"
+    turned_down = "the only candidate" if count == 1 else f"the last of {count} candidates"
+    return f"no swap came: the gate rejected {turned_down}: {last.why}"
+
+
 def plain_learning(before: Learning, now: Learning) -> list[str]:
     """A line for each verdict and swap since `before`."""
     lines = []
