@@ -117,7 +117,8 @@ def decide(comparison: Comparison, bounds: Bounds | None = None) -> Decision:
 
 
 def record(decision: Decision, candidate: str, parent: str, at: str) -> dict[str, Any]:
-    """A decision as JSON can hold it, with all its figures."""
+    """A decision as JSON can hold it, with all its figures. `candidate`: its release, "" where it
+    became none."""
     return {
         "at": at,
         "candidate": candidate,

@@ -419,15 +419,20 @@ def resume(releases_dir: Path) -> Hold | None:
     return hold
 
 
-def record_decision(releases_dir: Path, decision: Mapping[str, Any]) -> None:
-    """Note a verdict of the gate, with all its figures. Raises ReleaseUnwritable."""
+def record_decision(releases_dir: Path, decision: Mapping[str, Any]) -> str:
+    """Note a verdict of the gate, with all its figures; its id. Raises ReleaseUnwritable."""
     with _writable(releases_dir), _sole_builder(releases_dir, ".lock-current"):
         _append_line(releases_dir / DECISIONS, decision)
+    return _verdict_id(decision)
 
 
 def decisions(releases_dir: Path) -> list[dict[str, Any]]:
-    """The verdicts of the gate, oldest first."""
-    return _read_lines(releases_dir / DECISIONS)
+    """The verdicts of the gate, oldest first, each with an `id` that follows from what it says."""
+    return [{"id": _verdict_id(d), **d} for d in _read_lines(releases_dir / DECISIONS)]
+
+
+def _verdict_id(decision: Mapping[str, Any]) -> str:
+    return f"verdict-{_digest(decision)}"
 
 
 @dataclass(frozen=True)

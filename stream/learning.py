@@ -73,6 +73,8 @@ class Outcome:
     windows: int
     parent: Release
     decision: Decision
+    verdict: str
+    """Its id, by which `penchant releases show` opens it."""
     release: Release | None
     """The new live release; None where the gate rejected the candidate, or releases are on hold."""
     hold: Hold | None = None
@@ -202,9 +204,7 @@ def _decide(
     release = None
     if decision.accepted and hold is None:
         release = _publish(settings, parent, material, candidate, decision, transition, ranker, now)
-    about = gate.record(
-        decision, release.id if release else str(candidate.path), parent.id, now.isoformat()
-    )
+    about = gate.record(decision, release.id if release else "", parent.id, now.isoformat())
     if hold is not None:
         about |= {"decision": "held", "reasons": [f"on hold since {hold.at}: {hold.why}"]}
     if release is not None:
@@ -215,8 +215,8 @@ def _decide(
             record_decision(settings.model.releases, about)
             shutil.rmtree(candidate.path)
             raise
-    record_decision(settings.model.releases, about)
-    return Outcome(len(material.kept), parent, decision, release, hold)
+    verdict = record_decision(settings.model.releases, about)
+    return Outcome(len(material.kept), parent, decision, verdict, release, hold)
 
 
 def _contender(base: Base, catalogue: Catalogue) -> Contender:

@@ -95,7 +95,7 @@ class Verdict:
 
     accepted: bool
     name: str
-    """Of the release; of the candidate's folder where it was rejected."""
+    """Of the release; of the verdict where there is none."""
     figure: str
     before: float
     after: float
