@@ -44,7 +44,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 
-from .catalogue_vectors import CatalogueVectors
+from .catalogue_vectors import ITEM_VECTORS, CatalogueVectors
 from .encoder import TOWER_FILES, DType, Pooling, TextEncoder, tower_folder
 from .errors import (
     EncoderSettingsInvalid,
@@ -68,7 +68,6 @@ DECISIONS = "DECISIONS"
 MANIFEST = "manifest.json"
 ENCODER = "encoder"
 PROJECTION = "projection.safetensors"
-ITEM_VECTORS = "item_vectors.safetensors"
 TRANSITION = "transition.safetensors"
 METRICS = "metrics.json"
 _OWN_PARTS: Final = (MANIFEST, PROJECTION, ITEM_VECTORS, TRANSITION, METRICS)

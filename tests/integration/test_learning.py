@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
+from model.candidate import Candidate
 from model.engine import Engine
 from model.errors import NothingToLearn, ReleaseOvertaken, ReleaseUnwritable
 from model.ranker import RANKER, load_weights
@@ -165,6 +166,8 @@ def test_what_is_learned_goes_live_with_the_vectors_of_the_whole_catalogue(
     shipped = live.load_item_vectors()
     assert shipped is not None
     assert shipped.item_ids == [record.item_id for record in _records()]
+    np.testing.assert_array_equal(Candidate.load(live.path).vectors, shipped.vectors)
+    assert "vectors.safetensors" not in live.parts  # else they would be there twice
     assert Engine(live, device="cpu").space == live.space
     transition = live.load_transition()
     assert transition is not None
