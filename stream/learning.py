@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Any, Final
 from model import gate, trainer
 from model.candidate import ENCODER, ITEM_IDS, ITEMS
 from model.comparison import Contender, compare, weight_norms
-from model.errors import ReleaseOvertaken, WeightsUnavailable
+from model.errors import ReleaseOvertaken, ReleaseUnwritable, WeightsUnavailable
 from model.foreteller import Foreteller
 from model.gate import Accept, Bounds, Comparison, Decision, Figure
 from model.heads import HEADS_FILE
@@ -36,6 +37,7 @@ from model.releases import (
     held,
     load_current,
     make_current,
+    prune,
     publish,
     record_decision,
 )
@@ -55,6 +57,8 @@ from .ranker_cases import Timed, make_cases, of_release
 from .ranker_learning import FittedRanker, compare_scores, fit_ranker, fitted_until
 from .settings import LearnSettings, Settings
 from .times import DAY_MS
+
+log = logging.getLogger(__name__)
 
 # Files of a candidate that a release takes as they are.
 _PARTS: Final = (WINDOW, HEADS_FILE, ITEMS, ITEM_IDS)
@@ -216,6 +220,8 @@ def _decide(
             shutil.rmtree(candidate.path)
             raise
     verdict = record_decision(settings.model.releases, about)
+    if release is not None:
+        _prune(settings)
     return Outcome(len(material.kept), parent, decision, verdict, release, hold)
 
 
@@ -344,6 +350,16 @@ def _publish(
         metrics=metrics,
         now=now,
     )
+
+
+def _prune(settings: Settings) -> None:
+    try:
+        gone = prune(settings.model.releases, settings.learn.keep_releases)
+    except ReleaseUnwritable as error:  # the turn has done what it was for
+        log.warning("old releases could not be pruned: %s", error)
+    else:
+        if gone:
+            log.info("pruned, but for their maps: %s", ", ".join(gone))
 
 
 def _note_verdict(releases_dir: Path) -> None:

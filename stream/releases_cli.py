@@ -98,6 +98,8 @@ def list_(as_json: AsJson = False) -> None:
         console.print(f"no releases in {folder}: type `penchant releases build`", highlight=False)
     else:
         console.print(listing_table(shown, console.width), highlight=False)
+        if shown["pruned"]:
+            console.print(f"{len(shown['pruned']):,} older ones pruned, but for their maps")
         if (hold := shown["hold"]) is not None:
             console.print(f"on hold since {hold['at']}: {hold['why']}; {_ON_HOLD}", highlight=False)
         if (sweep := shown["sweep"]) is not None:

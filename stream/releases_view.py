@@ -11,20 +11,22 @@ from typing import Any, Final
 from rich.console import Group
 from rich.table import Table
 
-from model.releases import Listed, Release, decisions, held, history, list_releases
+from model.releases import PRUNED, Listed, Release, decisions, held, history, list_releases
 
 _ID_CELLS: Final = {"release": 24, "space": 16, "from": 24}
 _WIDE: Final = 120  # columns
 
 
 def listing(releases_dir: Path) -> dict[str, Any]:
-    """Releases, oldest first; moves and decisions likewise; and the hold, if there is one."""
+    """Releases, oldest first; moves and decisions likewise; the hold, if there is one; and the ids
+    of releases of which only the maps are left."""
     verdicts, hold = decisions(releases_dir), held(releases_dir)
     return {
         "releases": [_listed(x, _verdict(verdicts, x.id)) for x in list_releases(releases_dir)],
         "moves": [asdict(move) for move in history(releases_dir)],
         "decisions": verdicts,
         "hold": None if hold is None else asdict(hold),
+        "pruned": [x.id for x in list_releases(releases_dir / PRUNED)],
     }
 
 

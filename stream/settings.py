@@ -223,6 +223,8 @@ class LearnSettings(_Group):
     """The horizon of the label "purchase"."""
     return_days: Annotated[float, Field(gt=0)] = 30.0
     """The horizon of the label "returns"."""
+    keep_releases: Annotated[int, Field(ge=2)] = 10
+    """The releases that were made or live last; of older ones the trainer keeps only the maps."""
     neighbours: bool = False
     """Keep items' neighbours: what shoppers did next to each, with every event."""
     seed: int = 0

@@ -29,6 +29,7 @@ from model.releases import (
     list_releases,
     load_current,
     make_current,
+    releases_by_id,
     resume,
     rollback,
     tower_id,
@@ -256,6 +257,23 @@ def test_what_was_rolled_back_does_not_come_back_until_releases_resume(
     assert len(list_releases(folder)) == 2
     assert resume(folder) == outcome.hold
     assert turn().release == load_current(folder) != base
+
+
+def test_a_turn_that_goes_live_prunes_what_is_old(
+    shop: Settings, items: ItemStore, turn: Turn
+) -> None:
+    _store(items, _records())
+    _fill(shop, _circle())
+    folder = shop.model.releases
+    base = load_current(folder)
+    older = [build_turned_release(base, seed) for seed in (2, 3)]
+    for release in older:
+        make_current(release)
+    live = turn(settings=_learning(shop, keep_releases=2)).release
+    assert live is not None
+    assert {x.id for x in list_releases(folder)} == {older[1].id, live.id}
+    assert load_current(folder) == live
+    assert set(releases_by_id(folder)) == {base.id, older[0].id, older[1].id, live.id}
 
 
 def test_without_events_or_items_it_says_what_to_do(
