@@ -179,12 +179,12 @@ class _Schedule(Service):  # type: ignore[misc]
             raise
         for line in said.decode(errors="replace").splitlines():
             log.log(logging.WARNING if learning.returncode else logging.INFO, "learn: %s", line)
-        metrics.LEARN_TURNS.labels(_outcome(learning.returncode, self._releases)).inc()
+        metrics.LEARN_TURNS.labels(outcome_of(learning.returncode, self._releases)).inc()
         metrics.LEARN_LAST_S.set(time.monotonic() - begun_s)
         metrics.LEARN_ENDED_S.set_to_current_time()
 
 
-def _outcome(code: int | None, releases: Path) -> str:
+def outcome_of(code: int | None, releases: Path) -> str:
     """Of the turn that ended just now, as the metric names it."""
     if code:
         return "failed"
