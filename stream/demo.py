@@ -141,14 +141,15 @@ class _Watch:
         return learning(self.parts.releases, self.meter.first, self.meter.latest)
 
     def over(self, seconds: float | None) -> bool:
-        """The data set has ended, is counted and learned from, or the time is up."""
-        now_s, swapped = time.monotonic(), self._swapped_s is not None
+        """The data set has ended, is counted and learned from, or the time is up; where the aim is
+        a swap, it was seen for long enough, or the time is up."""
+        now_s, swapped_s = time.monotonic(), self._swapped_s
         is_late = seconds is not None and now_s - self._began_s >= seconds
-        if self._until_swap and self._swapped_s is not None:
-            is_late |= now_s - self._swapped_s >= AFTER_SWAP_S
+        if self._until_swap:
+            return is_late or (swapped_s is not None and now_s - swapped_s >= AFTER_SWAP_S)
         if is_late or self.parts.feed.is_alive():
             return is_late
-        return self.caught_up() and (swapped or not self._learns)
+        return self.caught_up() and (swapped_s is not None or not self._learns)
 
     def caught_up(self) -> bool:
         """All that was sent has gone through the worker, as of the latest sample."""
