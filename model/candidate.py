@@ -6,6 +6,7 @@ Knows no training, and no release.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as save_arrays
 
+from .catalogue_vectors import ITEM_VECTORS, CatalogueVectors
 from .errors import WeightsUnavailable
 from .heads import HEADS_FILE, Heads
 from .projection import Projection, unit_rows
@@ -27,6 +29,7 @@ Ints = npt.NDArray[np.int64]
 PROJECTION = "projection.safetensors"
 ITEMS = "items.safetensors"
 ITEM_IDS = "item_ids.json"
+VECTORS = "vectors.safetensors"  # a release has them in the file that workers read
 METRICS = "metrics.json"
 ENCODER = "encoder"  # the folder of a tower that was tuned
 
@@ -58,10 +61,8 @@ class Candidate:
         self.projection.save(self.path / PROJECTION)
         self.window.save(self.path / WINDOW)
         self.heads.save(self.path / HEADS_FILE)
-        arrays = {"vectors": self.vectors, "residual": self.residual, "counts": self.counts}
-        (self.path / ITEMS).write_bytes(
-            save_arrays({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-        )
+        _save(self.path / ITEMS, residual=self.residual, counts=self.counts)
+        _save(self.path / VECTORS, vectors=self.vectors)
         ids = json.dumps(self.item_ids, ensure_ascii=False)
         (self.path / ITEM_IDS).write_text(ids, encoding="utf-8")
         draft = self.path / f".{METRICS}"
@@ -70,7 +71,7 @@ class Candidate:
 
     @classmethod
     def load(cls, path: Path) -> Candidate:
-        """Read a candidate's folder. Raises WeightsUnavailable."""
+        """Read a candidate's folder, or the release that it became. Raises WeightsUnavailable."""
         try:
             items = load_file(path / ITEMS)
             return cls(
@@ -79,7 +80,7 @@ class Candidate:
                 window=WindowEncoder.load(path / WINDOW),
                 heads=Heads.load(path / HEADS_FILE),
                 item_ids=json.loads((path / ITEM_IDS).read_text(encoding="utf-8")),
-                vectors=items["vectors"],
+                vectors=_vectors(path, items),
                 residual=items["residual"],
                 counts=items["counts"],
                 metrics=json.loads((path / METRICS).read_text(encoding="utf-8")),
@@ -88,6 +89,21 @@ class Candidate:
             raise WeightsUnavailable(
                 f"{path} is no trained candidate ({error}); train again, or name another folder"
             ) from error
+
+
+def _save(file: Path, **arrays: npt.NDArray[Any]) -> None:
+    file.write_bytes(save_arrays({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
+
+
+def _vectors(path: Path, items: Mapping[str, npt.NDArray[Any]]) -> Floats:
+    """Those of a candidate, of an older release, of a release."""
+    if (path / VECTORS).exists():
+        return load_file(path / VECTORS)["vectors"]
+    return (
+        items["vectors"]
+        if "vectors" in items
+        else CatalogueVectors.load(path / ITEM_VECTORS).vectors
+    )
 
 
 @dataclass(frozen=True)

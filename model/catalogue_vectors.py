@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save
 
 Floats = npt.NDArray[np.float32]
 
+ITEM_VECTORS = "item_vectors.safetensors"  # the part of a release that holds them
 _VERSION_BYTES = 8
 
 

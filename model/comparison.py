@@ -4,7 +4,8 @@ PURE but for the networks it runs. Both rank the whole catalogue after windows w
 newer than anything the candidate was trained on, and after older ones; on the newest only
 shoppers that had no say in when the training stopped. They do so by the window encoder, which is
 what training improves, and by the decayed interests, which is what readers search by. Intervals are
-of paired differences, by resampling users (`evaluate.UserBootstrap`).
+of paired differences, by resampling users (`evaluate.UserBootstrap`); those of slices are wider, so
+that all of them hold at once (Bonferroni).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from . import training_rows as tr
 from .candidate import Candidate
-from .evaluate import UserBootstrap, auc, calibration_error, metric, ranks
+from .evaluate import LEVEL, UserBootstrap, auc, calibration_error, metric, ranks
 from .gate import Comparison, Figure
 from .head_training import chances, judged
 from .heads import Heads
@@ -97,12 +98,16 @@ def compare(
         "returning users": place > _NEW_USER_EVENTS,
         "rare items": item_events[newest.item] <= _RARE_EVENTS,
     } | {name: items[newest.item] for name, items in (item_slices or {}).items()}
+    present = sum(bool(at.any()) for at in slices.values())
     heads, calibration = _heads(windows, contenders, events, most, seed)
     return Comparison(
         newest=newest.figure(METRIC),
         older=(older.figure(METRIC),),
         heads=heads,
-        slices=tuple(newest.figure(f"{METRIC} of {name}", at) for name, at in slices.items()),
+        lost_heads=_lost(current.heads, candidate.heads),
+        slices=tuple(
+            newest.figure(f"{METRIC} of {name}", at, one_of=present) for name, at in slices.items()
+        ),
         served=(served.figure(f"{METRIC} by decayed interests"),),
         calibration=calibration,
         norms=norms or {},
@@ -149,12 +154,13 @@ class _Ranked:
             found.append(np.concatenate(places))
         return cls(tr.owners(windows)[end], end, item, (found[0], found[1]))
 
-    def figure(self, name: str, where: tr.Bools | None = None) -> Figure:
+    def figure(self, name: str, where: tr.Bools | None = None, one_of: int = 1) -> Figure:
+        """`one_of` so many that are looked at together."""
         count = len(self.item) if where is None else int(where.sum())
         if not count:
             return Figure(name, np.nan, np.nan, np.nan, np.nan, 0)
         current, candidate = (metric(METRIC, rank) for rank in self.rank)
-        bootstrap = UserBootstrap(self.user)
+        bootstrap = UserBootstrap(self.user, level=1 - (1 - LEVEL) / one_of)
         change = bootstrap.difference(candidate, current, where)
         means = [
             float(v[where].mean() if where is not None else v.mean()) for v in (current, candidate)
@@ -217,6 +223,11 @@ def _heads(
             Figure(f"{name} -ECE", -errors[0], -errors[1], change, change, len(label))
         )
     return tuple(right), tuple(calibrated)
+
+
+def _lost(current: Heads | None, candidate: Heads | None) -> tuple[str, ...]:
+    before, after = (heads.learned() if heads else set[str]() for heads in (current, candidate))
+    return tuple(sorted(before - after))
 
 
 def _auc(name: str, of: Sequence[Floats], label: npt.NDArray[Any], users: Ints) -> Figure:

@@ -8,6 +8,8 @@ Two kinds of doubt pull apart. An improvement must be shown, so on the newest wi
 the lower end of the interval that has to pass the margin. A loss is looked for in many
 slices, most of them small: a point estimate alone would nearly always find one somewhere.
 So a loss counts where it exceeds the tolerance and the interval says that it is no chance.
+Slices are the many and the small: theirs must exceed the tolerance with the whole interval,
+which is wide enough for as many as there are, and few targets say nothing.
 """
 
 from __future__ import annotations
@@ -43,8 +45,10 @@ class Comparison:
     """The figure that a candidate has to improve, on the newest windows."""
     older: tuple[Figure, ...] = ()
     heads: tuple[Figure, ...] = ()
+    lost_heads: tuple[str, ...] = ()
+    """Those of the current release that say something and of the candidate do not."""
     slices: tuple[Figure, ...] = ()
-    """New users, rare items and categories, scripts, …"""
+    """New users, rare items and categories, scripts, …; intervals are for all of them at once."""
     served: tuple[Figure, ...] = ()
     """By what readers search and rank: the newest figure is of one signal among several."""
     calibration: tuple[Figure, ...] = ()
@@ -71,6 +75,8 @@ class Bounds:
     least_transition_cosine: float = 0.7
     least_count: int = 100
     """Targets of the newest windows below which nothing is shown."""
+    least_slice_count: int = 200
+    """Targets of a slice below which it has no say."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +107,18 @@ def decide(comparison: Comparison, bounds: Bounds | None = None) -> Decision:
     for figures, tolerance, where in (
         (comparison.older, bounds.older_tolerance, "older windows"),
         (comparison.heads, bounds.head_tolerance, "head"),
-        (comparison.slices, bounds.slice_tolerance, "slice"),
         (comparison.served, bounds.served_tolerance, "served"),
         (comparison.calibration, bounds.calibration_tolerance, "calibration"),
     ):
         reasons += _worse(figures, tolerance, where)
+    reasons += _worse_slices(comparison.slices, bounds)
     seen = {"comparison": _plain(asdict(comparison)), "bounds": asdict(bounds)}
     return Reject(tuple(reasons), seen) if reasons else Accept(seen)
 
 
 def record(decision: Decision, candidate: str, parent: str, at: str) -> dict[str, Any]:
-    """A decision as JSON can hold it, with all its figures."""
+    """A decision as JSON can hold it, with all its figures. `candidate`: its release, "" where it
+    became none."""
     return {
         "at": at,
         "candidate": candidate,
@@ -125,6 +132,8 @@ def record(decision: Decision, candidate: str, parent: str, at: str) -> dict[str
 def _broken(comparison: Comparison, bounds: Bounds) -> Iterable[str]:
     if comparison.non_finite:
         yield f"{comparison.non_finite} numbers are NaN or infinite"
+    for name in comparison.lost_heads:
+        yield f"head {name}: the live release's has learned, the candidate's has not"
     for name, (current, candidate) in comparison.norms.items():
         sane = current > 0 and candidate > 0 and math.isfinite(candidate)
         if not sane or not 1 / bounds.norm_ratio <= candidate / current <= bounds.norm_ratio:
@@ -148,11 +157,27 @@ def _worse(figures: Iterable[Figure], tolerance: float, where: str) -> Iterable[
     for figure in figures:
         if not figure.count:
             continue
-        numbers = (figure.current, figure.candidate, figure.low, figure.high)
-        if not all(map(math.isfinite, numbers)):
+        if not _is_known(figure):
             yield f"{where} {figure.name}: a figure is no number"
         elif figure.difference < -tolerance and figure.high < 0:
             yield f"{where} {figure.name}: {_change(figure)} is worse by more than {tolerance:g}"
+
+
+def _worse_slices(figures: Iterable[Figure], bounds: Bounds) -> Iterable[str]:
+    for figure in figures:
+        if figure.count < bounds.least_slice_count:
+            continue
+        if not _is_known(figure):
+            yield f"slice {figure.name}: a figure is no number"
+        elif figure.high < -bounds.slice_tolerance:
+            yield (
+                f"slice {figure.name}: {_change(figure)}, {figure.count} targets, "
+                f"is worse by more than {bounds.slice_tolerance:g} beyond noise"
+            )
+
+
+def _is_known(figure: Figure) -> bool:
+    return all(map(math.isfinite, (figure.current, figure.candidate, figure.low, figure.high)))
 
 
 def _change(figure: Figure) -> str:

@@ -65,6 +65,10 @@ class Heads(nn.Module):
         logits: Tensor = self.out(gelu(self.hidden(seen)))
         return logits
 
+    def learned(self) -> set[str]:
+        """The names of the heads that have seen both classes; the others say nothing."""
+        return {name for name, seen in zip(self.names, self.trained.tolist(), strict=True) if seen}
+
     def fit(self, features: Floats, labels: Mapping[str, Ints], weight: Floats) -> None:
         """On n windows: `features` (n, F), `labels` (n,) by name, 1, 0 or UNKNOWN; `weight` (n,) of
         each window. A head of one class only learns nothing.

@@ -6,12 +6,18 @@ Knows gradients; knows nothing of what is trained.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from datetime import timedelta
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from .encoder import pick_device
+
+PATIENCE: Final = timedelta(days=1)
+"""The first process encodes the catalogue while the others wait, which takes hours for millions of
+items on a CPU; by themselves groups give up after ten minutes (NCCL) or thirty (Gloo). A process
+that died is the launcher's to notice."""
 
 
 class Alone:
@@ -64,4 +70,5 @@ def peers(distributed: bool) -> Alone | Together:
         accelerate = importlib.import_module("accelerate")
     except ImportError:
         return Alone()
-    return Together(accelerate.Accelerator())
+    patient = accelerate.InitProcessGroupKwargs(timeout=PATIENCE)
+    return Together(accelerate.Accelerator(kwargs_handlers=[patient]))

@@ -12,8 +12,10 @@
         transition.safetensors    the maps from the parent's space to this one and back
         metrics.json              the figures it was accepted on
         window_encoder.safetensors, …: parts that this module does not look into
+    HOLD                          where it is, the trainer moves CURRENT no more; see `rollback`
     HISTORY                       a line of JSON per move of CURRENT
     DECISIONS                     a line of JSON per verdict of the gate, rejections too
+    PRUNED/trained-…/             what is kept of old releases: manifest and transition
 
 A release is built beside its name, synced, and renamed to it; a crash leaves a
 `.building-…` folder that the next build removes. Nothing in a release ever changes.
@@ -43,7 +45,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 
-from .catalogue_vectors import CatalogueVectors
+from .catalogue_vectors import ITEM_VECTORS, CatalogueVectors
 from .encoder import TOWER_FILES, DType, Pooling, TextEncoder, tower_folder
 from .errors import (
     EncoderSettingsInvalid,
@@ -61,12 +63,13 @@ BASE_FORMAT: Final = 1
 FORMAT_VERSION: Final = 2  # 1 knows no parts beside encoder and projection
 
 CURRENT = "CURRENT"
+HOLD = "HOLD"
 HISTORY = "HISTORY"
 DECISIONS = "DECISIONS"
+PRUNED = "PRUNED"
 MANIFEST = "manifest.json"
 ENCODER = "encoder"
 PROJECTION = "projection.safetensors"
-ITEM_VECTORS = "item_vectors.safetensors"
 TRANSITION = "transition.safetensors"
 METRICS = "metrics.json"
 _OWN_PARTS: Final = (MANIFEST, PROJECTION, ITEM_VECTORS, TRANSITION, METRICS)
@@ -124,7 +127,12 @@ class Release:
 
     def load_transition(self) -> Transition | None:
         """The maps between the parent's space and this one; None where they are one space."""
-        return Transition.load(self.path / TRANSITION) if TRANSITION in self.parts else None
+        if TRANSITION not in self.parts:
+            return None
+        try:
+            return Transition.load(self.path / TRANSITION)
+        except FileNotFoundError:  # pruned since its manifest was read
+            return Transition.load(self.path.parent / PRUNED / self.id / TRANSITION)
 
     def metrics(self) -> dict[str, Any]:
         """The figures it was accepted on; {} for a base release."""
@@ -324,11 +332,12 @@ def make_current(
 
     `expected` is the id of the release that must still be live: of two trainers that made
     their candidates from one release, the second is told so. Raises ReleaseOvertaken then,
-    and ReleaseUnwritable.
+    ReleaseMissing where it is there no more, and ReleaseUnwritable.
     """
     folder = release.path.parent
     at = (now or datetime.now(UTC)).isoformat()
     with _writable(folder), _sole_builder(folder, ".lock-current"):
+        peek(release.path)  # it may have been pruned since it was loaded
         before = _named(folder)
         if expected is not None and before != expected:
             raise ReleaseOvertaken(
@@ -349,7 +358,8 @@ def history(releases_dir: Path) -> list[Move]:
 
 
 def rollback(releases_dir: Path, *, now: datetime | None = None) -> Release:
-    """Make the release live that was before the current one, and again the one before that.
+    """Make the release live that was before the current one, and again the one before that; and put
+    a hold on it, for the trainer would learn from the same events what was just taken back.
 
     Raises ReleaseMissing where there is none, and what `load` raises; then nothing moved.
     """
@@ -369,6 +379,9 @@ def rollback(releases_dir: Path, *, now: datetime | None = None) -> Release:
             f"{current or 'the first'}"
         )
     release = load(releases_dir / live[-1])
+    _put_hold(
+        releases_dir, Hold((now or datetime.now(UTC)).isoformat(), f"{current} {ROLLED_BACK}")
+    )
     make_current(release, expected=current, why=ROLLED_BACK, now=now)
     return release
 
@@ -376,15 +389,103 @@ def rollback(releases_dir: Path, *, now: datetime | None = None) -> Release:
 ROLLED_BACK: Final = "rolled back"
 
 
-def record_decision(releases_dir: Path, decision: Mapping[str, Any]) -> None:
-    """Note a verdict of the gate, with all its figures. Raises ReleaseUnwritable."""
+@dataclass(frozen=True)
+class Hold:
+    """What keeps the trainer from making its candidates live."""
+
+    at: str
+    why: str
+
+
+def _put_hold(releases_dir: Path, hold: Hold) -> None:
+    with _writable(releases_dir):
+        _replace_file(releases_dir / HOLD, json.dumps(asdict(hold), ensure_ascii=False) + "\n")
+
+
+def held(releases_dir: Path) -> Hold | None:
+    """The hold on these releases, if there is one: any file of that name is."""
+    file = releases_dir / HOLD
+    try:
+        text, since_s = file.read_text(encoding="utf-8", errors="replace"), file.stat().st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return Hold(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        at = datetime.fromtimestamp(since_s, UTC).isoformat(timespec="seconds")
+        return Hold(at, f"there is a file {HOLD}")
+
+
+def resume(releases_dir: Path) -> Hold | None:
+    """Take the hold away; what it was. Raises ReleaseUnwritable."""
+    hold = held(releases_dir)
+    if hold is not None:
+        with _writable(releases_dir):
+            (releases_dir / HOLD).unlink(missing_ok=True)
+            _sync(releases_dir)
+    return hold
+
+
+def prune(releases_dir: Path, keep: int) -> list[str]:
+    """Delete all but the `keep` releases that were made or live last, and the live one; the ids of
+    those that went, of which the maps stay, for profiles may still live in their spaces.
+
+    Each goes at once, by a rename; what cannot be read is left alone. Raises ReleaseUnwritable.
+    """
+    with (
+        _writable(releases_dir),
+        _sole_builder(releases_dir),
+        _sole_builder(releases_dir, ".lock-current"),
+    ):
+        for leftover in releases_dir.glob(".pruned-*"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        at = {r.id: r.created_at for x in list_releases(releases_dir) if (r := x.release)}
+        for move in history(releases_dir):
+            at |= {i: max(at[i], move.at) for i in (move.before, move.release) if i in at}
+        current = _named(releases_dir)
+        newest_first = sorted(at, key=lambda i: (i == current, at[i]), reverse=True)
+        gone = newest_first[keep:] if current in at else []
+        for name in gone:
+            _keep_map(releases_dir / name)
+            aside = releases_dir / f".pruned-{name}"
+            (releases_dir / name).rename(aside)
+            _sync(releases_dir)
+            shutil.rmtree(aside)
+    return gone
+
+
+def _keep_map(path: Path) -> None:
+    kept = path.parent / PRUNED / path.name
+    if kept.exists():
+        return
+    kept.parent.mkdir(exist_ok=True)
+    with _building(kept) as draft:
+        for name in (MANIFEST, TRANSITION):
+            if (path / name).exists():
+                shutil.copyfile(path / name, draft.folder / name)
+
+
+def releases_by_id(releases_dir: Path) -> dict[str, Release]:
+    """Every release whose manifest can be read, those included of which only the map is left."""
+    # In this order: what is pruned meanwhile is in the second when it is no longer in the first.
+    found = [*list_releases(releases_dir), *list_releases(releases_dir / PRUNED)]
+    return {x.id: x.release for x in reversed(found) if x.release}
+
+
+def record_decision(releases_dir: Path, decision: Mapping[str, Any]) -> str:
+    """Note a verdict of the gate, with all its figures; its id. Raises ReleaseUnwritable."""
     with _writable(releases_dir), _sole_builder(releases_dir, ".lock-current"):
         _append_line(releases_dir / DECISIONS, decision)
+    return _verdict_id(decision)
 
 
 def decisions(releases_dir: Path) -> list[dict[str, Any]]:
-    """The verdicts of the gate, oldest first."""
-    return _read_lines(releases_dir / DECISIONS)
+    """The verdicts of the gate, oldest first, each with an `id` that follows from what it says."""
+    return [{"id": _verdict_id(d), **d} for d in _read_lines(releases_dir / DECISIONS)]
+
+
+def _verdict_id(decision: Mapping[str, Any]) -> str:
+    return f"verdict-{_digest(decision)}"
 
 
 @dataclass(frozen=True)
@@ -407,6 +508,8 @@ def list_releases(releases_dir: Path) -> list[Listed]:
             release, problem = peek(path), ""
         except (ReleaseCorrupt, ReleaseTooNew) as error:
             release, problem = None, str(error)
+        except ReleaseMissing:  # pruned just now
+            continue
         found.append(Listed(path.name, release, problem, path.name == current))
     if current and all(listed.id != current for listed in found):
         found.append(Listed(current, None, f"{CURRENT} names it, and it is not there", True))

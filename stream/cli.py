@@ -292,12 +292,21 @@ def learn() -> None:
         f"({newest['low']:+.4f} to {newest['high']:+.4f})",
         highlight=False,
     )
-    if outcome.release is None:
-        for reason in outcome.decision.reasons:
-            console.print(f"rejected: {plain(reason)}", highlight=False)
-        console.print(f"{outcome.parent.id} stays live", highlight=False)
-    else:
+    if outcome.release is not None:
         console.print(f"accepted: {outcome.release.id} is live now", highlight=False)
+        return
+    if outcome.hold is not None:
+        console.print(
+            f"held: the gate accepts it, but releases are on hold since {outcome.hold.at} "
+            f"({outcome.hold.why}); `penchant releases resume` ends that",
+            highlight=False,
+        )
+    for reason in outcome.decision.reasons:
+        console.print(f"rejected: {plain(reason)}", highlight=False)
+    console.print(
+        f"{outcome.parent.id} stays live; all figures: penchant releases show {outcome.verdict}",
+        highlight=False,
+    )
 
 
 @archive_app.command("stats")

@@ -30,8 +30,10 @@ from .settings import Settings
 
 PLAIN_S: Final = 20.0
 """How long the demo lasts where nobody watches who could press Ctrl-C."""
-LEARNING_S: Final = 150.0
-"""The same, with the learning loop: long enough for a swap on two busy cores."""
+LEARNING_S: Final = 600.0
+"""The same, with the learning loop, where no swap comes: on two busy cores a turn takes minutes."""
+AFTER_SWAP_S: Final = 10.0
+"""How long it goes on after a swap: long enough to see profiles move to the new space."""
 
 _TICK_S: Final = 0.5
 _STATUS_EVERY_S: Final = 1.0
@@ -53,13 +55,15 @@ def run_demo(
     `learn`: with the learning loop, and releases of the demo's own.
 
     speed: event seconds per second; 0 is as fast as it goes. Where `console` is no terminal it
-    prints lines, and `seconds` is 20 if not given. Of the settings it takes the model's, the
+    prints lines, and `seconds` is 20 if not given; with `learn` it ends soon after the first swap,
+    or says after ten minutes why none came. Of the settings it takes the model's, the
     profiles' and the stream's, not the addresses: broker and Redis are its own.
     Ctrl-C, SIGTERM and SIGHUP end it in order, a second one at once.
     Raises UserError and what its parts raise; nothing it started is running then.
     """
     plan = Plan(speed=speed)  # refuses what is not possible before anything starts
     with_screen = console.is_terminal and not console.is_dumb_terminal
+    until_swap = seconds is None and learn and not console.is_terminal
     if seconds is None and not console.is_terminal:
         seconds = LEARNING_S if learn else PLAIN_S
     with Signals(on_terminal=with_screen) as signals, ExitStack() as running:
@@ -70,7 +74,7 @@ def run_demo(
             _say(console, "stopped before the first event")
             return
         _say(console, f"{parts.dataset.description}\n{parts.dataset.rule}")
-        watch = _Watch(parts, first, plan.speed or 0.0, learns=learn)
+        watch = _Watch(parts, first, plan.speed or 0.0, learns=learn, until_swap=until_swap)
         parts.feed.begin.set()
         try:
             show = _show_screen if with_screen else _show_lines
@@ -89,9 +93,13 @@ def run_demo(
 class _Watch:
     """Puts together what is shown, tick by tick."""
 
-    def __init__(self, parts: Parts, first: Sample, speed: float, *, learns: bool) -> None:
+    def __init__(
+        self, parts: Parts, first: Sample, speed: float, *, learns: bool, until_swap: bool
+    ) -> None:
         self.parts = parts
         self._learns = learns
+        self._until_swap = until_swap
+        self._swapped_s: float | None = None  # when the first swap was seen
         self.meter = Meter(first)
         self._began_s = time.monotonic()
         self._gallery = Gallery(parts.reader)
@@ -103,6 +111,8 @@ class _Watch:
         sample = self.parts.sample()
         if sample is not None:
             self.meter.add(sample)
+        if self._swapped_s is None and self.meter.latest.swaps > self.meter.first.swaps:
+            self._swapped_s = time.monotonic()
 
     def tick(self, places: int) -> live_view.View:
         """Look at everything once. Raises what went wrong in any part."""
@@ -131,12 +141,15 @@ class _Watch:
         return learning(self.parts.releases, self.meter.first, self.meter.latest)
 
     def over(self, seconds: float | None) -> bool:
-        """The data set has ended, is counted and learned from, or the time is up."""
-        is_late = seconds is not None and time.monotonic() - self._began_s >= seconds
+        """The data set has ended, is counted and learned from, or the time is up; where the aim is
+        a swap, it was seen for long enough, or the time is up."""
+        now_s, swapped_s = time.monotonic(), self._swapped_s
+        is_late = seconds is not None and now_s - self._began_s >= seconds
+        if self._until_swap:
+            return is_late or (swapped_s is not None and now_s - swapped_s >= AFTER_SWAP_S)
         if is_late or self.parts.feed.is_alive():
             return is_late
-        swapped = self.meter.latest.swaps > self.meter.first.swaps
-        return self.caught_up() and (swapped or not self._learns)
+        return self.caught_up() and (swapped_s is not None or not self._learns)
 
     def caught_up(self) -> bool:
         """All that was sent has gone through the worker, as of the latest sample."""
@@ -183,6 +196,7 @@ class _Outcome:
     shopper: live_view.Shopper | None
     learning: live_view.Learning | None
     releases: Path
+    trainer_log: Path
 
 
 def _settle(watch: _Watch) -> _Outcome:
@@ -202,6 +216,7 @@ def _settle(watch: _Watch) -> _Outcome:
         shopper=max(shoppers, key=lambda shopper: shopper.events, default=None),
         learning=watch.learning(),
         releases=parts.releases,
+        trainer_log=parts.trainer_log,
     )
 
 
@@ -215,6 +230,8 @@ def _print_outcome(console: Console, outcome: _Outcome) -> None:
     of_its_own = ""
     if outcome.learning is not None:
         _say(console, live_view.learning_words(outcome.learning))
+        if not outcome.learning.swaps:
+            _say(console, f"{live_view.no_swap_words(outcome.learning)} ({outcome.trainer_log})")
         of_its_own = f"MODEL_RELEASES={shlex.quote(str(outcome.releases))} "
     _say(console, "Everything has stopped. To go on by hand, with the profiles as they are now:")
     steps = [(f"{_penchant()} up", "a broker and a Redis that stay")]

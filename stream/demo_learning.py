@@ -35,7 +35,7 @@ def _verdict(decision: dict[str, Any]) -> Verdict | None:
         return None
     return Verdict(
         accepted=decision["decision"] == "accept",
-        name=Path(decision["candidate"]).name,
+        name=decision["candidate"] or decision["id"],
         figure=_FIGURE,
         before=before,
         after=after,

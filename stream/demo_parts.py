@@ -129,6 +129,7 @@ class Parts:
     """What the demo is made of once it has started."""
 
     releases: Path
+    trainer_log: Path
     dataset: Dataset
     processes: tuple[ServerProcess, ...]
     metrics_url: str
@@ -181,8 +182,9 @@ def start(
         url = f"http://127.0.0.1:{own.stream.metrics_port}"
         _await_ready(worker, f"{url}/healthz/ready", signals)
     processes = (*servers, worker)
+    trainer_log = folder / "demo" / "trainer.log"
     if learn:
-        trainer = _trainer(own, folder / "demo" / "trainer.log")
+        trainer = _trainer(own, trainer_log)
         running.callback(trainer.stop, _WORKER_GRACE_S + own.stream.drain_s)
         trainer.start()
         processes += (trainer,)
@@ -190,7 +192,7 @@ def start(
     feed = Feed(dataset, own, plan, crowd)
     running.callback(feed.end)
     reader = running.enter_context(ProfileReader(own.redis.connection(), own.namespace))
-    parts = Parts(own.model.releases, dataset, processes, url, reader, crowd, feed)
+    parts = Parts(own.model.releases, trainer_log, dataset, processes, url, reader, crowd, feed)
     return parts, _send_catalogue(parts, steps, signals)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Any, Final
 from model import gate, trainer
 from model.candidate import ENCODER, ITEM_IDS, ITEMS
 from model.comparison import Contender, compare, weight_norms
-from model.errors import ReleaseOvertaken, WeightsUnavailable
+from model.errors import ReleaseOvertaken, ReleaseUnwritable, WeightsUnavailable
 from model.foreteller import Foreteller
 from model.gate import Accept, Bounds, Comparison, Decision, Figure
 from model.heads import HEADS_FILE
@@ -30,10 +31,13 @@ from model.projection import Projection
 from model.ranker import RANKER, Weights, first_weights, load_weights, save_weights
 from model.releases import (
     PROJECTION,
+    Hold,
     Release,
     decisions,
+    held,
     load_current,
     make_current,
+    prune,
     publish,
     record_decision,
 )
@@ -54,6 +58,8 @@ from .ranker_learning import FittedRanker, compare_scores, fit_ranker, fitted_un
 from .settings import LearnSettings, Settings
 from .times import DAY_MS
 
+log = logging.getLogger(__name__)
+
 # Files of a candidate that a release takes as they are.
 _PARTS: Final = (WINDOW, HEADS_FILE, ITEMS, ITEM_IDS)
 _LOCK: Final = ".lock"
@@ -71,8 +77,12 @@ class Outcome:
     windows: int
     parent: Release
     decision: Decision
+    verdict: str
+    """Its id, by which `penchant releases show` opens it."""
     release: Release | None
-    """The new live release; None where the gate rejected the candidate."""
+    """The new live release; None where the gate rejected the candidate, or releases are on hold."""
+    hold: Hold | None = None
+    """What kept a candidate that the gate accepted from going live."""
 
 
 def learn(
@@ -194,12 +204,13 @@ def _decide(
         ranker, served = _fit_ranker(settings, parent, material.windows, live, candidate)
         comparison = replace(comparison, served=(*comparison.served, served))
     decision = gate.decide(comparison, _bounds(settings.learn))
+    hold = held(settings.model.releases) if decision.accepted else None
     release = None
-    if decision.accepted:
+    if decision.accepted and hold is None:
         release = _publish(settings, parent, material, candidate, decision, transition, ranker, now)
-    about = gate.record(
-        decision, release.id if release else str(candidate.path), parent.id, now.isoformat()
-    )
+    about = gate.record(decision, release.id if release else "", parent.id, now.isoformat())
+    if hold is not None:
+        about |= {"decision": "held", "reasons": [f"on hold since {hold.at}: {hold.why}"]}
     if release is not None:
         try:
             make_current(release, expected=parent.id, why="learned", now=now)
@@ -208,8 +219,10 @@ def _decide(
             record_decision(settings.model.releases, about)
             shutil.rmtree(candidate.path)
             raise
-    record_decision(settings.model.releases, about)
-    return Outcome(len(material.kept), parent, decision, release)
+    verdict = record_decision(settings.model.releases, about)
+    if release is not None:
+        _prune(settings)
+    return Outcome(len(material.kept), parent, decision, verdict, release, hold)
 
 
 def _contender(base: Base, catalogue: Catalogue) -> Contender:
@@ -252,6 +265,7 @@ def _bounds(learn: LearnSettings) -> Bounds:
         norm_ratio=learn.norm_ratio,
         least_transition_cosine=learn.transition_cosine,
         least_count=learn.least_targets,
+        least_slice_count=learn.least_slice_targets,
     )
 
 
@@ -336,6 +350,16 @@ def _publish(
         metrics=metrics,
         now=now,
     )
+
+
+def _prune(settings: Settings) -> None:
+    try:
+        gone = prune(settings.model.releases, settings.learn.keep_releases)
+    except ReleaseUnwritable as error:  # the turn has done what it was for
+        log.warning("old releases could not be pruned: %s", error)
+    else:
+        if gone:
+            log.info("pruned, but for their maps: %s", ", ".join(gone))
 
 
 def _note_verdict(releases_dir: Path) -> None:

@@ -95,7 +95,7 @@ class Verdict:
 
     accepted: bool
     name: str
-    """Of the release; of the candidate's folder where it was rejected."""
+    """Of the release; of the verdict where there is none."""
     figure: str
     before: float
     after: float
@@ -356,6 +356,17 @@ def swap_words(learning: Learning) -> str:
         f"the worker swapped {times} (flip {1000 * learning.flip_s / learning.swaps:.1f} ms), "
         f"{learning.migrated:,} profiles moved to the new space"
     )
+
+
+def no_swap_words(learning: Learning) -> str:
+    """One line: why the worker serves what it began with."""
+    if not learning.verdicts:
+        return "no swap came: no fine-tune had ended by then; the trainer's log says how far it was"
+    last, count = learning.verdicts[-1], len(learning.verdicts)
+    if last.accepted:
+        return f"no swap came: {last.name} is live, and the worker was still making it ready"
+    turned_down = "the only candidate" if count == 1 else f"the last of {count} candidates"
+    return f"no swap came: the gate rejected {turned_down}: {last.why}"
 
 
 def plain_learning(before: Learning, now: Learning) -> list[str]:

@@ -187,8 +187,8 @@ ARCHIVE_BYTES: Final = Gauge(
 )
 LEARN_TURNS: Final = Counter(
     "penchant_learn_turns",
-    "Turns of fine-tuning: accepted (live now), rejected (by the gate), failed (see the log; a "
-    "young archive has nothing to learn from yet)",
+    "Turns of fine-tuning: accepted (live now), rejected (by the gate), held (accepted, "
+    "but releases are on hold), failed (see the log; a young archive has nothing to learn from)",
     ["outcome"], registry=REGISTRY,
 )  # fmt: skip
 LEARN_LAST_S: Final = Gauge(

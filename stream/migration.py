@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from model.releases import Release, list_releases
+from model.releases import Release, releases_by_id
 from model.transition import Transition, fit_transition
 from profiles import arithmetic
 from profiles.arithmetic import Floats, Keys64, Layout, Profiles
@@ -198,7 +198,7 @@ class Migrator:
 
     def _way(self, space: str, other: str) -> Floats | None:
         """Breadth first over the releases, each of which knows the way from its parent's space."""
-        found = {x.release.id: x.release for x in list_releases(self._dir) if x.release}
+        found = releases_by_id(self._dir)
         steps: dict[str, list[tuple[str, Release]]] = {}
         for release in found.values():
             parent = found.get(release.parent)

@@ -7,6 +7,7 @@ Redis, which need not be there.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 releases_app = typer.Typer(
     help="Releases: build the base, list them, compare them, make one live.", no_args_is_help=True
 )
+
+_ON_HOLD = "the trainer makes nothing live until `penchant releases promote` or `resume`"
+
+_VERDICT = "verdict-"
 
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 Name = Annotated[str, typer.Argument(help="The release's id, or its first letters.")]
@@ -92,7 +97,11 @@ def list_(as_json: AsJson = False) -> None:
     elif not shown["releases"] and not shown["decisions"]:
         console.print(f"no releases in {folder}: type `penchant releases build`", highlight=False)
     else:
-        console.print(listing_table(shown))
+        console.print(listing_table(shown, console.width), highlight=False)
+        if shown["pruned"]:
+            console.print(f"{len(shown['pruned']):,} older ones pruned, but for their maps")
+        if (hold := shown["hold"]) is not None:
+            console.print(f"on hold since {hold['at']}: {hold['why']}; {_ON_HOLD}", highlight=False)
         if (sweep := shown["sweep"]) is not None:
             state = "done" if sweep["done"] else "going on"
             console.print(
@@ -103,12 +112,26 @@ def list_(as_json: AsJson = False) -> None:
 
 
 @releases_app.command()
-def show(name: Name, as_json: AsJson = False) -> None:
-    """One release: files checked, figures, transition, verdicts of the gate, when it was live."""
-    from .releases_view import described, pairs_table
+def show(
+    name: Annotated[str, typer.Argument(help="The id of a release or verdict, or its beginning.")],
+    as_json: AsJson = False,
+) -> None:
+    """One release: files checked, figures, transition, verdicts of the gate, when it was live; or
+    one verdict, also on what became no release: all figures, and why."""
+    from model.releases import decisions
 
-    release = _release(name)
-    shown = described(release, _folder())
+    from .releases_view import described, pairs_table, verdict_tables
+
+    folder = _folder()
+    verdicts = {d["id"]: d for d in decisions(folder)}
+    if name.startswith(_VERDICT):
+        verdict = verdicts[_one_of(verdicts, name, "verdict")]
+        if as_json:
+            _print_json(verdict)
+        else:
+            console.print(verdict_tables(verdict), highlight=False)
+        return
+    shown = described(_release(name), folder)
     if as_json:
         _print_json(shown)
     else:
@@ -130,20 +153,40 @@ def diff(name: Name, other: Name, as_json: AsJson = False) -> None:
 
 @releases_app.command()
 def promote(name: Name, as_json: AsJson = False) -> None:
-    """Make a release the live one, once its files are checked. Workers follow by themselves."""
+    """Make a release the live one, once its files are checked. Workers follow by themselves, and a
+    hold ends."""
     from model.releases import make_current
+    from model.releases import resume as take_hold_away
 
     release = _release(name)
     make_current(release)
+    take_hold_away(_folder())
     _say_live(release, as_json)
 
 
 @releases_app.command()
 def rollback(as_json: AsJson = False) -> None:
-    """Make the release live that was before this one; again: the one before that."""
+    """Make the release live that was before this one; again: the one before that. The trainer makes
+    nothing live from then on, until `promote` or `resume`."""
     from model.releases import rollback as roll_back
 
     _say_live(roll_back(_folder()), as_json)
+    if not as_json:
+        console.print(f"on hold: {_ON_HOLD}", highlight=False)
+
+
+@releases_app.command()
+def resume(as_json: AsJson = False) -> None:
+    """End the hold that `rollback` left: what the trainer learns may go live again."""
+    from model.releases import resume as take_hold_away
+
+    hold = take_hold_away(_folder())
+    if as_json:
+        _print_json({"hold": None if hold is None else asdict(hold)})
+    elif hold is None:
+        console.print("nothing was on hold")
+    else:
+        console.print(f"on hold no more, after {hold.why} at {hold.at}", highlight=False)
 
 
 def _say_live(release: Release, as_json: bool) -> None:
@@ -158,12 +201,15 @@ def _release(name: str) -> Release:
     from model.releases import list_releases, load
 
     folder = _folder()
-    ids = [listed.id for listed in list_releases(folder)]
+    return load(folder / _one_of([listed.id for listed in list_releases(folder)], name, "release"))
+
+
+def _one_of(ids: Iterable[str], name: str, kind: str) -> str:
     found = [i for i in ids if i == name] or [i for i in ids if name and i.startswith(name)]
     if len(found) != 1:
-        what = f"{len(found)} releases begin with" if found else "there is no release"
-        raise UserError(f"{what} {name!r} in {folder}: `penchant releases list` has their names")
-    return load(folder / found[0])
+        what = f"{len(found)} {kind}s begin with" if found else f"there is no {kind}"
+        raise UserError(f"{what} {name!r} in {_folder()}: `penchant releases list` has their names")
+    return found[0]
 
 
 def _sweep(releases_dir: Path) -> dict[str, Any] | None:

@@ -6,20 +6,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from rich.console import Group
 from rich.table import Table
 
-from model.releases import Listed, Release, decisions, history, list_releases
+from model.releases import PRUNED, Listed, Release, decisions, held, history, list_releases
+
+_ID_CELLS: Final = {"release": 24, "space": 16, "from": 24}
+_WIDE: Final = 120  # columns
 
 
 def listing(releases_dir: Path) -> dict[str, Any]:
-    """Releases, oldest first; moves and decisions likewise."""
-    verdicts = decisions(releases_dir)
+    """Releases, oldest first; moves and decisions likewise; the hold, if there is one; and the ids
+    of releases of which only the maps are left."""
+    verdicts, hold = decisions(releases_dir), held(releases_dir)
     return {
         "releases": [_listed(x, _verdict(verdicts, x.id)) for x in list_releases(releases_dir)],
         "moves": [asdict(move) for move in history(releases_dir)],
         "decisions": verdicts,
+        "hold": None if hold is None else asdict(hold),
+        "pruned": [x.id for x in list_releases(releases_dir / PRUNED)],
     }
 
 
@@ -41,26 +48,69 @@ def _listed(listed: Listed, verdict: Mapping[str, Any] | None) -> dict[str, Any]
     }
 
 
-def listing_table(shown: Mapping[str, Any]) -> Table:
-    """One row per release; rejected candidates without a folder below them."""
-    table = Table("", "release", "made", "space", "from", "gate")
+def listing_table(shown: Mapping[str, Any], width: int) -> Table:
+    """One row per release; below them a row per verdict on what became none. Ids are never cut;
+    where `width`, in columns, leaves room, spaces and parents are shown, too."""
+    wide = width >= _WIDE
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "release", "made", *(("space", "from") if wide else ())):
+        table.add_column(name, no_wrap=True, min_width=_ID_CELLS.get(name))
+    table.add_column("gate", overflow="fold")
     known = set()
     for row in shown["releases"]:
         known.add(row["id"])
         mark = "live" if row["current"] else ""
-        if "problem" in row:
-            table.add_row(mark, row["id"], "", "", "", f"[red]{_first(row['problem'])}[/red]")
-        else:
-            made = row["created_at"][:19]
-            table.add_row(mark, row["id"], made, row["space"], row["parent"], row["decision"])
+        said = f"[red]{_first(row['problem'])}[/red]" if "problem" in row else row["decision"]
+        links = (row.get("space", ""), row.get("parent", "")) if wide else ()
+        table.add_row(mark, row["id"], _minute(row.get("created_at", "")), *links, said)
     for verdict in shown["decisions"]:
         if verdict.get("candidate") not in known:
-            why = "; ".join(verdict.get("reasons", []))
-            table.add_row(
-                "", str(verdict.get("candidate")), str(verdict.get("at", ""))[:19], "",
-                str(verdict.get("parent", "")), f"{verdict.get('decision')}: {why}",
-            )  # fmt: skip
+            links = ("", str(verdict.get("parent", ""))) if wide else ()
+            at = _minute(str(verdict.get("at", "")))
+            table.add_row("", verdict["id"], at, *links, verdict_words(verdict))
     return table
+
+
+def verdict_words(verdict: Mapping[str, Any]) -> str:
+    """What was decided, the figure that counts most, and the reasons."""
+    newest = _figures(verdict).get("newest", {})
+    words = f"{verdict.get('decision')}: "
+    if newest:
+        words += f"{newest['name']} {_short(newest['current'])} -> {_short(newest['candidate'])}; "
+    return words + "; ".join(verdict.get("reasons", []))
+
+
+def verdict_tables(verdict: Mapping[str, Any]) -> Group:
+    """A verdict with everything it was reached on."""
+    compared = _figures(verdict)
+    about = {k: v for k, v in verdict.items() if k not in ("figures", "reasons")}
+    reasons = {f"reason {n}": r for n, r in enumerate(verdict.get("reasons", []), 1)}
+    table = Table(box=None, pad_edge=False)
+    for name in ("figure", "live", "candidate", "interval", "targets"):
+        table.add_column(name, overflow="fold")
+    rest = {}
+    for part, value in compared.items():
+        figures = value if isinstance(value, list) else [value]
+        if not all(isinstance(f, Mapping) and "candidate" in f and "low" in f for f in figures):
+            rest[part] = value
+            continue
+        for f in figures:
+            table.add_row(
+                f"{part}: {f['name']}", _short(f["current"]), _short(f["candidate"]),
+                f"{_short(f['low'])} to {_short(f['high'])}", str(f["count"]),
+            )  # fmt: skip
+    bounds = verdict.get("figures", {}).get("bounds", {})
+    return Group(pairs_table(about | reasons), "", table, "", pairs_table(rest | bounds))
+
+
+def _figures(verdict: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = verdict.get("figures", {}).get("comparison", {})
+    return found
+
+
+def _minute(at: str) -> str:
+    """`2026-03-01T12:00:00+00:00` -> `2026-03-01 12:00`."""
+    return at[:16].replace("T", " ")
 
 
 def _first(text: str) -> str:
@@ -123,6 +173,8 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
 def pairs_table(values: Mapping[str, Any]) -> Table:
     """Names and values."""
     table = Table(show_header=False, box=None)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold", min_width=_ID_CELLS["release"])
     for name, value in flat(values).items():
         table.add_row(name, _short(value))
     return table
@@ -130,7 +182,11 @@ def pairs_table(values: Mapping[str, Any]) -> Table:
 
 def compared_table(rows: list[dict[str, Any]], one: str, other: str) -> Table:
     """What `compared` found."""
-    table = Table("", one, other, "difference")
+    table = Table(box=None, pad_edge=False)
+    table.add_column(overflow="fold")
+    for name in (one, other):
+        table.add_column(name, overflow="fold", min_width=_ID_CELLS["release"])
+    table.add_column("difference")
     for row in rows:
         change = f"{row['difference']:+.4g}" if "difference" in row else ""
         table.add_row(row["name"], _short(row["one"]), _short(row["other"]), change)

@@ -209,7 +209,9 @@ class LearnSettings(_Group):
     older_tolerance: Annotated[float, Field(ge=0)] = 0.005
     """How much worse on older windows, beyond noise (Recall@20)."""
     slice_tolerance: Annotated[float, Field(ge=0)] = 0.01
-    """On new shoppers, rare items, rare categories, each script (Recall@20)."""
+    """On new shoppers, rare items, rare categories, each script, beyond noise (Recall@20)."""
+    least_slice_targets: Annotated[int, Field(ge=1)] = 200
+    """Targets of such a slice below which it has no say."""
     served_tolerance: Annotated[float, Field(ge=0)] = 0.005
     """By what readers rank (Recall@20)."""
     head_tolerance: Annotated[float, Field(ge=0)] = 0.01
@@ -224,6 +226,8 @@ class LearnSettings(_Group):
     """The horizon of the label "purchase"."""
     return_days: Annotated[float, Field(gt=0)] = 30.0
     """The horizon of the label "returns"."""
+    keep_releases: Annotated[int, Field(ge=2)] = 10
+    """The releases that were made or live last; of older ones the trainer keeps only the maps."""
     neighbours: bool = False
     """Keep items' neighbours: what shoppers did next to each, with every event."""
     seed: int = 0

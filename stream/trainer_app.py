@@ -22,7 +22,7 @@ from typing import Any, Final
 from mode import Service
 
 from model.errors import ModelError
-from model.releases import current_name
+from model.releases import current_name, decisions
 
 from . import events as ev
 from . import metrics
@@ -50,6 +50,7 @@ _TIDY_EVERY_S: Final = 60.0
 # merges them soon, and in steps, so that events which come meanwhile wait for a step at most.
 _TIDY_IDLE_S: Final = 3.0
 _RELEASE_EVERY_S: Final = 10.0
+_OUTCOMES: Final = {"accept": "accepted", "reject": "rejected", "held": "held"}
 _TIDY_STEP: Final = 200  # segments; a second or so on a disk
 
 
@@ -164,7 +165,7 @@ class _Schedule(Service):  # type: ignore[misc]
                 await self._learn()
 
     async def _learn(self) -> None:
-        before, begun_s = _live(self._releases), time.monotonic()
+        begun_s = time.monotonic()
         learning = await asyncio.create_subprocess_exec(
             "nice", "-n", "10", sys.executable, "-m", "stream.cli", "learn",
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
@@ -178,10 +179,17 @@ class _Schedule(Service):  # type: ignore[misc]
             raise
         for line in said.decode(errors="replace").splitlines():
             log.log(logging.WARNING if learning.returncode else logging.INFO, "learn: %s", line)
-        outcome = "accepted" if _live(self._releases) != before else "rejected"
-        metrics.LEARN_TURNS.labels("failed" if learning.returncode else outcome).inc()
+        metrics.LEARN_TURNS.labels(outcome_of(learning.returncode, self._releases)).inc()
         metrics.LEARN_LAST_S.set(time.monotonic() - begun_s)
         metrics.LEARN_ENDED_S.set_to_current_time()
+
+
+def outcome_of(code: int | None, releases: Path) -> str:
+    """Of the turn that ended just now, as the metric names it."""
+    if code:
+        return "failed"
+    last = decisions(releases)[-1:]
+    return _OUTCOMES.get(last[0].get("decision", ""), "failed") if last else "failed"
 
 
 def _live(releases: Path) -> str:

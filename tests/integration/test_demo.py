@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 
 from profiles import ProfileReader
+from stream.demo import AFTER_SWAP_S
 from stream.processes import free_port
 
 SECONDS = 3
 STATUS = re.compile(r"^ *\d+\.\d s  \d\d Sep 1997  ([\d,]+) events  [\d,]+ events/s  lag \d+", re.M)
+STATUS_LINE = re.compile(r"^ *\d+\.\d s  ", re.M)
 SHOPPER = re.compile(
     r"^ +shopper (\w+): \d+ events; last (purchase|click|review) .+; likes \w.+; near .+ \d\.\d\d",
     re.M,
@@ -83,9 +85,11 @@ class Demo:
 
 
 @contextmanager
-def demo_in(folder: Path, releases: Path, seconds: float, *options: str) -> Iterator[Demo]:
+def demo_in(folder: Path, releases: Path, seconds: float | None, *options: str) -> Iterator[Demo]:
     command = [sys.executable, "-m", "stream.cli", "demo", *options]
-    variables = environment(releases) | {"DEMO_SECONDS": str(seconds)}
+    variables = environment(releases)
+    if seconds is not None:
+        variables["DEMO_SECONDS"] = str(seconds)
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(
             command, cwd=folder, env=variables, stdout=output, stderr=subprocess.STDOUT
@@ -231,20 +235,29 @@ def test_it_refuses_to_start_beside_a_running_stack(tmp_path: Path, releases: Pa
         assert "Traceback" not in second.stderr
 
 
+@pytest.mark.timeout(900)  # the demo gives a swap ten minutes, and starts before that
 def test_with_learn_a_better_release_is_taken_while_events_flow(
     tmp_path: Path, releases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LEARN_EVERY_S", "6")
     monkeypatch.setenv("LEARN_EPOCHS", "4")
-    with demo_in(tmp_path, releases, 600, "--learn", "--speed", "200000") as demo:
-        wait_until(
-            lambda: "swapped: " in demo.output or demo.process.poll() is not None, patience_s=240
-        )
-        demo.process.send_signal(signal.SIGINT)
-        assert demo.end() == 0, demo.output
+    with demo_in(tmp_path, releases, None, "--learn", "--speed", "200000") as demo:
+        assert demo.end(patience_s=840) == 0, demo.output
+    _, swapped, after = demo.output.partition("swapped: ")
+    assert swapped, demo.output
+    assert 1 <= len(STATUS_LINE.findall(after)) <= AFTER_SWAP_S + 2
     assert re.search(r"learned: recall@20 .+: accepted; trained-\w+ goes live", demo.output)
     summary = SUMMARY.search(demo.output)
     assert summary is not None, demo.output
     assert summary[1] == summary[2]  # sent and counted
     assert running_in(tmp_path) == []
     assert not list(releases.glob("trained-*"))  # what it learns of films serves no shop
+
+
+def test_a_learning_demo_that_ends_before_a_swap_says_why_none_came(
+    tmp_path: Path, releases: Path
+) -> None:
+    with demo_in(tmp_path, releases, SECONDS, "--learn") as demo:
+        assert demo.end() == 0, demo.output
+    (log,) = re.findall(r"^no swap came: no fine-tune had ended.+\((.+)\)$", demo.output, re.M)
+    assert (tmp_path / log).exists()

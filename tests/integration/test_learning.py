@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
+from model.candidate import Candidate
 from model.engine import Engine
 from model.errors import NothingToLearn, ReleaseOvertaken, ReleaseUnwritable
 from model.ranker import RANKER, load_weights
@@ -28,6 +29,9 @@ from model.releases import (
     list_releases,
     load_current,
     make_current,
+    releases_by_id,
+    resume,
+    rollback,
     tower_id,
 )
 from model.text import item_text, text_version
@@ -163,6 +167,8 @@ def test_what_is_learned_goes_live_with_the_vectors_of_the_whole_catalogue(
     shipped = live.load_item_vectors()
     assert shipped is not None
     assert shipped.item_ids == [record.item_id for record in _records()]
+    np.testing.assert_array_equal(Candidate.load(live.path).vectors, shipped.vectors)
+    assert "vectors.safetensors" not in live.parts  # else they would be there twice
     assert Engine(live, device="cpu").space == live.space
     transition = live.load_transition()
     assert transition is not None
@@ -230,6 +236,44 @@ def test_a_second_turn_starts_from_what_the_first_one_learned(
     newest = second.decision.figures["comparison"]["newest"]
     assert newest["current"] > 0.8  # it knows the circle
     assert np.isfinite(newest["candidate"])
+
+
+def test_what_was_rolled_back_does_not_come_back_until_releases_resume(
+    shop: Settings, items: ItemStore, turn: Turn
+) -> None:
+    _store(items, _records())
+    _fill(shop, _circle())
+    folder = shop.model.releases
+    taken_back = turn().release
+    assert taken_back is not None
+    base = rollback(folder)
+    outcome = turn()  # from the same release on the same events
+    assert outcome.decision.accepted
+    assert outcome.release is None
+    assert outcome.hold is not None
+    assert outcome.hold.why == f"{taken_back.id} rolled back"
+    assert load_current(folder) == base
+    assert [about["decision"] for about in decisions(folder)] == ["accept", "held"]
+    assert len(list_releases(folder)) == 2
+    assert resume(folder) == outcome.hold
+    assert turn().release == load_current(folder) != base
+
+
+def test_a_turn_that_goes_live_prunes_what_is_old(
+    shop: Settings, items: ItemStore, turn: Turn
+) -> None:
+    _store(items, _records())
+    _fill(shop, _circle())
+    folder = shop.model.releases
+    base = load_current(folder)
+    older = [build_turned_release(base, seed) for seed in (2, 3)]
+    for release in older:
+        make_current(release)
+    live = turn(settings=_learning(shop, keep_releases=2)).release
+    assert live is not None
+    assert {x.id for x in list_releases(folder)} == {older[1].id, live.id}
+    assert load_current(folder) == live
+    assert set(releases_by_id(folder)) == {base.id, older[0].id, older[1].id, live.id}
 
 
 def test_without_events_or_items_it_says_what_to_do(

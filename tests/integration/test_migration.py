@@ -15,7 +15,7 @@ import torch
 from model.catalogue_vectors import CatalogueVectors
 from model.engine import Engine
 from model.projection import Projection
-from model.releases import Release, build_base, make_current, publish
+from model.releases import Release, build_base, make_current, prune, publish
 from model.text import item_text, text_version
 from profiles import ProfileReader, SpaceMismatch, arithmetic
 from profiles.arithmetic import EventColumns, Layout
@@ -333,10 +333,17 @@ def test_a_space_that_nothing_leads_from_stops_the_worker_and_harms_no_profile(
         nowhere.bring(profiles, new)
 
 
-def test_a_chain_of_releases_is_followed_there_and_back(base: Release, items: ItemStore) -> None:
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_a_chain_of_releases_is_followed_there_and_back(
+    base: Release, items: ItemStore, is_pruned: bool
+) -> None:
     second = build_turned_release(base, 2)
     third = build_turned_release(second, 3)
     fourth = build_turned_release(base, 4)
+    if is_pruned:
+        for release in (third, fourth):
+            make_current(release)
+        assert set(prune(base.path.parent, 2)) == {base.id, second.id}
     migrator = Migrator(base.path.parent, items, LAYOUT)
     there = migrator.map(int(third.space, 16), int(fourth.space, 16))
     texts = ["thing 1", "thing 2"]

@@ -12,6 +12,7 @@ import redis
 from typer.testing import CliRunner, Result
 
 from model.errors import ReleaseCorrupt, ReleaseMissing
+from model.gate import Comparison, Figure, decide, record
 from model.releases import Release, load_current, make_current, record_decision
 from profiles.schema import Keys
 from stream import releases_cli
@@ -45,18 +46,20 @@ def answer(ran: Result) -> Any:
 
 def test_releases_moves_and_verdicts_are_listed(base: Release, run: Run) -> None:
     second = build_turned_release(base, 2)
-    for candidate, verdict in ((second.id, "accept"), ("trained-never", "reject")):
+    _, rejected = (
         record_decision(
             base.path.parent,
             {"candidate": candidate, "decision": verdict, "reasons": ["churn AUC fell"]},
         )
+        for candidate, verdict in ((second.id, "accept"), ("", "reject"))
+    )
     shown = answer(run("list", "--json"))
     assert [r["id"] for r in shown["releases"]] == [base.id, second.id]
     assert [r["current"] for r in shown["releases"]] == [True, False]
     assert [r["decision"] for r in shown["releases"]] == ["", "accept"]
     assert [m["release"] for m in shown["moves"]] == [base.id]
     table = run("list").stdout
-    for word in (base.id, second.id, "live", "accept", "trained-never", "churn AUC fell"):
+    for word in (base.id, second.id, "live", "accept", rejected, "churn AUC fell"):
         assert word in table
 
 
@@ -77,6 +80,52 @@ def test_a_release_is_shown_with_its_figures_and_transition(base: Release, run: 
     assert "metrics.turn" in run("show", second.id).stdout
 
 
+def _reject(base: Release, candidate: float) -> str:
+    newest = Figure("recall@20", 0.049, candidate, -0.01, 0.02, 1_234)
+    rare = Figure("recall@20 of rare items", 0.083, 0.0, -0.09, -0.05, 700)
+    decision = decide(Comparison(newest, slices=(rare,), norms={"the projection": (1.0, 2.0)}))
+    return record_decision(base.path.parent, record(decision, "", base.id, "2026-03-01T12:00"))
+
+
+def test_a_rejection_is_listed_with_its_figures_and_opened_by_its_id(
+    base: Release, run: Run
+) -> None:
+    first, second = _reject(base, 0.134), _reject(base, 0.05)
+    assert first != second
+    table = " ".join(run("list").stdout.split())
+    assert f"{first} 2026-03-01 12:00" in table
+    assert "recall@20 0.049 -> 0.134" in table
+    shown = answer(run("show", first, "--json"))
+    assert shown["figures"]["comparison"]["newest"]["candidate"] == 0.134
+    assert answer(run("show", second[:16], "--json"))["id"] == second
+    text = run("show", first).stdout
+    for word in (first, base.id, "rare items", "0.083", "-0.09 to -0.05", "700", "slice_tolerance"):
+        assert word in text
+    assert "reason 2" in text
+    with pytest.raises(UserError, match="no verdict 'verdict-nowhere'"):
+        run("show", "verdict-nowhere")
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_ids_are_whole_on_a_screen_of_80_columns_and_more(
+    base: Release, run: Run, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setattr(releases_cli.console, "width", width)
+    second, third = build_turned_release(base, 2), build_turned_release(base, 5)
+    rejected = _reject(base, 0.05)
+    listed = run("list").stdout
+    for name in (base.id, second.id, third.id, rejected):
+        assert name in listed
+    assert (second.space in listed) == (width >= 120)
+    shown = run("show", second.id).stdout
+    assert second.id in shown
+    assert base.id in shown
+    compared = run("diff", base.id, second.id).stdout
+    assert base.id in compared
+    assert second.id in compared
+    assert base.id in run("show", rejected).stdout
+
+
 def test_two_releases_are_compared_figure_by_figure(base: Release, run: Run) -> None:
     second, third = build_turned_release(base, 2), build_turned_release(base, 5)
     found = answer(run("diff", second.id, third.id, "--json"))["differences"]
@@ -95,6 +144,23 @@ def test_promoting_and_rolling_back_move_the_pointer(base: Release, run: Run) ->
     assert load_current(folder).id == base.id
     with pytest.raises(ReleaseMissing):
         run("rollback")
+
+
+@pytest.mark.parametrize("ends", [("promote", "base"), ("resume",)])
+def test_a_rollback_holds_until_somebody_says_otherwise(
+    base: Release, run: Run, ends: tuple[str, ...]
+) -> None:
+    second = build_turned_release(base, 2)
+    run("promote", second.id)
+    assert answer(run("list", "--json"))["hold"] is None
+    assert "`resume`" in run("rollback").stdout
+    hold = answer(run("list", "--json"))["hold"]
+    assert hold["why"] == f"{second.id} rolled back"
+    assert f"on hold since {hold['at']}" in run("list").stdout
+    run(*ends)
+    assert answer(run("list", "--json"))["hold"] is None
+    assert "on hold" not in run("list").stdout
+    assert run("resume").stdout == "nothing was on hold\n"
 
 
 def test_a_damaged_release_is_not_promoted(base: Release, run: Run) -> None:

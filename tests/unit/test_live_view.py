@@ -209,6 +209,19 @@ def test_a_rejection_says_why() -> None:
     assert line.endswith("rejected; no better")
 
 
+@pytest.mark.parametrize(
+    ("verdicts", "why"),
+    [
+        ((), "no fine-tune had ended by then"),
+        ((REJECTED,), "the gate rejected the only candidate: no better"),
+        ((REJECTED, REJECTED), "the gate rejected the last of 2 candidates: no better"),
+        ((REJECTED, ACCEPTED), "trained-1f is live, and the worker was still making it ready"),
+    ],
+)
+def test_where_no_swap_came_it_says_why(verdicts: tuple[Verdict, ...], why: str) -> None:
+    assert live_view.no_swap_words(Learning(verdicts)).startswith(f"no swap came: {why}")
+
+
 def test_the_screen_has_a_line_for_the_learning_loop_and_still_fits() -> None:
     rows = drawn(replace(VIEW, learning=LEARNED), height=24)
     assert len(rows) <= 24

@@ -11,6 +11,7 @@ from model import training_rows as tr
 from model.candidate import Candidate
 from model.comparison import Contender, compare, weight_norms
 from model.gate import Comparison
+from model.heads import Heads
 from model.projection import unit_rows
 from model.training_data import decayed_interests
 from profiles import arithmetic
@@ -70,12 +71,44 @@ def test_nobody_is_better_than_themselves(candidate: Candidate) -> None:
     assert not gate.decide(found).accepted
 
 
+def test_a_head_that_was_learned_and_is_lost_is_refused(candidate: Candidate) -> None:
+    """Its training met one class only, as after an archive was cut short."""
+    live, after = Contender.of(candidate), Contender.of(candidate)
+    assert candidate.heads.learned() == {"purchase"}
+    one_class = Heads(candidate.heads.kinds)
+    found = _compare(live, replace(after, heads=one_class), candidate)
+    assert found.lost_heads == ("purchase",)
+    better = replace(found, newest=gate.Figure("recall@20", 0.1, 0.2, 0.05, 0.15, 1_000), slices=())
+    (reason,) = gate.decide(better).reasons
+    assert reason == "head purchase: the live release's has learned, the candidate's has not"
+    assert _compare(replace(live, heads=one_class), after, candidate).lost_heads == ()
+
+
 def test_slices_hold_all_targets_once_and_rare_items_apart(candidate: Candidate) -> None:
     same = Contender.of(candidate)
     count = {f.name: f.count for f in _compare(same, same, candidate).slices}
     newest = _compare(same, same, candidate).newest.count
     assert count["recall@20 of new users"] + count["recall@20 of returning users"] == newest
     assert count["recall@20 of rare items"] == 0
+
+
+def test_the_more_slices_are_looked_at_the_wider_their_intervals() -> None:
+    rng = np.random.default_rng(0)
+    one, other = (Contender(unit_rows(rng.normal(size=(60, 16)))) for _ in range(2))
+    windows = circle(items=60, users=120)
+
+    def width(slices: int) -> float:
+        found = compare(
+            windows, one, other, cut_ms=int(np.quantile(windows.t_ms, 0.9)),
+            item_events=np.full(60, 100), events=8, half_lives_s=HALF_LIVES_S,
+            item_slices={f"slice {k}": np.ones(60, dtype=bool) for k in range(slices)},
+        )  # fmt: skip
+        figure = found.slices[-1]
+        assert figure.name == f"recall@20 of slice {slices - 1}"
+        assert figure.low < figure.difference < figure.high
+        return figure.high - figure.low
+
+    assert width(8) > 1.1 * width(1)
 
 
 def test_numbers_that_are_none_are_counted(candidate: Candidate) -> None:

@@ -78,6 +78,26 @@ def test_what_is_broken_is_refused_and_named(changes: dict[str, object], word: s
     assert word in reason
 
 
+def rare(current: float, candidate: float, high: float, count: int) -> Figure:
+    difference = candidate - current
+    return Figure("rare items", current, candidate, 2 * difference - high, high, count)
+
+
+def test_a_fall_of_few_targets_is_no_veto_and_the_same_fall_of_many_is() -> None:
+    few, many = (rare(0.083, 0.0, -0.02, count) for count in (70, 700))
+    assert not reasons(replace(BETTER, slices=(few,)))
+    (reason,) = reasons(replace(BETTER, slices=(many,)))
+    assert "slice rare items" in reason
+    assert "700 targets" in reason
+    assert reasons(replace(BETTER, slices=(few,)), Bounds(least_slice_count=70))
+
+
+def test_a_slice_must_be_worse_than_the_tolerance_with_its_whole_interval() -> None:
+    maybe, surely = rare(0.083, 0.06, -0.005, 700), rare(0.083, 0.06, -0.011, 700)
+    assert not reasons(replace(BETTER, slices=(maybe,)))
+    assert reasons(replace(BETTER, slices=(surely,)))
+
+
 def test_a_slice_nobody_is_in_says_nothing() -> None:
     empty = Figure("rare", math.nan, math.nan, math.nan, math.nan, 0)
     assert not reasons(replace(BETTER, slices=(empty,)))

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,21 @@ from model.errors import (
 )
 from model.projection import Projection, unit_rows
 from model.releases import (
+    Hold,
     Release,
     build_base,
     decisions,
+    held,
     history,
     list_releases,
     load,
     load_current,
     make_current,
+    prune,
     publish,
     record_decision,
+    releases_by_id,
+    resume,
     rollback,
 )
 from model.text import text_version
@@ -307,6 +312,25 @@ def test_moves_are_remembered_and_undone_one_by_one(base: Release) -> None:
     assert [m.why for m in history(folder)][-2:] == ["promoted", "rolled back"]
 
 
+def test_a_rollback_leaves_a_hold_with_time_and_reason(base: Release) -> None:
+    folder, one = base.path.parent, train(base)
+    for release in (base, one):
+        make_current(release, now=NOW)
+    assert (held(folder), resume(folder)) == (None, None)
+    rollback(folder, now=NOW)
+    assert held(folder) == Hold(NOW.isoformat(), f"{one.id} rolled back")
+    with pytest.raises(ReleaseMissing):
+        rollback(folder)
+    assert resume(folder) == Hold(NOW.isoformat(), f"{one.id} rolled back")
+    assert held(folder) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff{", b"[1]", b'{"why": 3}'])
+def test_any_file_named_hold_holds(base: Release, content: bytes) -> None:
+    (base.path.parent / "HOLD").write_bytes(content)
+    assert held(base.path.parent) is not None
+
+
 def test_a_rollback_to_a_damaged_release_moves_nothing(base: Release) -> None:
     one, two = train(base, 1), train(base, 2)
     for release in (one, two):
@@ -315,6 +339,107 @@ def test_a_rollback_to_a_damaged_release_moves_nothing(base: Release) -> None:
     with pytest.raises(ReleaseCorrupt):
         rollback(base.path.parent, now=NOW)
     assert load_current(base.path.parent).id == two.id
+    assert held(base.path.parent) is None
+
+
+# --- pruning
+
+
+def chain(base: Release, count: int) -> list[Release]:
+    """The base and so many after it, each trained from the one before and live for an hour."""
+    found = [base]
+    make_current(base, now=NOW)
+    for k in range(1, count + 1):
+        at = NOW + timedelta(hours=k)
+        found.append(train(found[-1], k, now=at))
+        make_current(found[-1], now=at)
+    return found
+
+
+def test_the_newest_releases_stay_whole_and_of_the_others_only_the_map(base: Release) -> None:
+    folder, made = base.path.parent, chain(base, 4)
+    assert prune(folder, 5) == []
+    assert set(prune(folder, 2)) == {release.id for release in made[:3]}
+    assert [x.id for x in list_releases(folder)] == [release.id for release in made[3:]]
+    assert [load(release.path) for release in made[3:]] == made[3:]
+    for release in made[1:3]:
+        kept = folder / "PRUNED" / release.id
+        assert names(kept) == {"manifest.json", "transition.safetensors"}
+    assert names(folder / "PRUNED" / base.id) == {"manifest.json"}
+    assert not [name for name in names(folder) if name.startswith(".")]
+    assert prune(folder, 2) == []
+    assert set(releases_by_id(folder)) == {release.id for release in made}
+    for release in made[1:]:
+        transition = releases_by_id(folder)[release.id].load_transition()
+        assert transition is not None
+        assert transition.to_space == release.space
+
+
+def test_what_is_live_or_was_a_moment_ago_is_not_pruned_however_old(base: Release) -> None:
+    folder, made = base.path.parent, chain(base, 4)
+    make_current(made[1], now=NOW + timedelta(hours=9))
+    gone = prune(folder, 2)
+    assert set(gone) == {made[0].id, made[2].id, made[3].id}
+    assert rollback(folder).id == made[4].id
+
+
+def test_without_a_live_release_nothing_is_pruned(base: Release) -> None:
+    folder, _ = base.path.parent, chain(base, 3)
+    (folder / "CURRENT").write_text("trained-gone\n")
+    assert prune(folder, 2) == []
+
+
+def test_what_cannot_be_read_is_left_to_a_person(base: Release) -> None:
+    folder, made = base.path.parent, chain(base, 3)
+    (made[1].path / "manifest.json").write_text("{")
+    assert prune(folder, 2) == [base.id]
+    assert made[1].path.is_dir()
+
+
+@pytest.mark.parametrize("step", ["rename", "rmtree"])
+def test_a_pruning_that_was_killed_leaves_releases_whole_and_is_done_the_next_time(
+    base: Release, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = base.path.parent, chain(base, 3)
+
+    def killed(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if step == "rename":
+            patch.setattr(releases, "_keep_map", killed)
+        else:
+            patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(folder, 2)
+    for listed in list_releases(folder):
+        assert listed.release is not None
+        assert load(listed.release.path) == listed.release
+    prune(folder, 2)
+    assert [x.id for x in list_releases(folder)] == [release.id for release in made[2:]]
+    assert not [name for name in names(folder) if name.startswith(".")]
+    assert set(releases_by_id(folder)) == {release.id for release in made}
+
+
+def test_who_has_looked_at_a_release_finds_its_map_though_it_was_pruned_meanwhile(
+    base: Release,
+) -> None:
+    folder, made = base.path.parent, chain(base, 3)
+    before = made[1].load_transition()
+    prune(folder, 2)
+    after = made[1].load_transition()
+    assert before is not None
+    assert after is not None
+    np.testing.assert_array_equal(before.forward, after.forward)
+
+
+def test_what_was_pruned_meanwhile_does_not_go_live(base: Release) -> None:
+    folder, made = base.path.parent, chain(base, 3)
+    old = load(made[1].path)
+    prune(folder, 2)
+    with pytest.raises(ReleaseMissing, match=old.id):
+        make_current(old)
+    assert load_current(folder).id == made[3].id
 
 
 def test_a_line_of_history_that_a_crash_cut_short_does_no_harm(base: Release) -> None:

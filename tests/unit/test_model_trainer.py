@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from model import training_rows as tr
+from model.catalogue_vectors import CatalogueVectors
 from model.errors import NothingToLearn, PackageMissing, WeightsUnavailable
 from model.projection import unit_rows
 from model.trainer import Base, Candidate, Catalogue, TrainSettings, learning_rate, train
@@ -94,6 +96,24 @@ def test_the_folder_holds_the_candidate(candidate: Candidate, tmp_path: Path) ->
     (cut / "items.safetensors").write_bytes((cut / "items.safetensors").read_bytes()[:99])
     with pytest.raises(WeightsUnavailable, match="train again"):
         Candidate.load(cut)
+
+
+def test_a_release_holds_vectors_once_and_older_ones_held_them_twice(
+    candidate: Candidate, tmp_path: Path
+) -> None:
+    shutil.copytree(candidate.path, tmp_path / "new")
+    (tmp_path / "new" / "vectors.safetensors").unlink()
+    versions = ["0" * 16] * len(candidate.item_ids)
+    shipped = CatalogueVectors(candidate.item_ids, versions, candidate.vectors)
+    shipped.save(tmp_path / "new" / "item_vectors.safetensors")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    (tmp_path / "old" / "item_vectors.safetensors").unlink()
+    items = load_file(tmp_path / "new" / "items.safetensors")
+    assert set(items) == {"residual", "counts"}
+    save_file(items | {"vectors": candidate.vectors}, tmp_path / "old" / "items.safetensors")
+    for folder in ("new", "old"):
+        loaded = Candidate.load(tmp_path / folder)
+        np.testing.assert_array_equal(loaded.vectors, candidate.vectors)
 
 
 def test_the_same_seed_gives_the_same_weights(candidate: Candidate, tmp_path: Path) -> None:
