@@ -560,13 +560,14 @@ class Archive:
             saved += sum(self._merge(parts, hour, present) for hour, parts in by_hour.items())
         return saved
 
-    def expire(self, retention_ms: int, max_bytes: int) -> int:
+    def expire(self, retention_ms: int, max_bytes: int, latest_ms: int = ev.MAX_TS_MS) -> int:
         """Remove segments that ended so long before the newest event time, and then the oldest
-        until the rest fits. Segments removed. Age is event time: a replay of 1998 is not old."""
+        until the rest fits. Segments removed. Age is event time: a replay of 1998 is not old. An
+        event later than `latest_ms` is of a wrong clock, and makes no other one old."""
         sizes = self.segments()
         if not sizes:
             return 0
-        newest_ms = max(segment.end_ms for segment in sizes)
+        newest_ms = min(max(segment.end_ms for segment in sizes), latest_ms)
         total, removed = sum(sizes.values()), 0
         for segment, size in sizes.items():
             if segment.end_ms > newest_ms - retention_ms and total <= max_bytes:

@@ -93,7 +93,7 @@ def gather(
             return load(folder)
     shutil.rmtree(folder, ignore_errors=True)
     item_ids, texts, categories = _catalogue(items)
-    windows = labelled(settings, item_ids, archive)
+    windows = labelled(settings, item_ids, archive, now)
     features = features_of(
         parent, texts, settings.model, settings.stream.data_dir / "features", progress
     )
@@ -118,9 +118,13 @@ def load(folder: Path) -> Material:
     )
 
 
-def labelled(settings: Settings, item_ids: Sequence[str], archive: Archive) -> Labelled:
-    """The archive's windows. Raises NothingToLearn where there are none."""
-    events = archived(archive.read())
+def labelled(
+    settings: Settings, item_ids: Sequence[str], archive: Archive, now: datetime
+) -> Labelled:
+    """The archive's windows, without events of wrong clocks, which `now` tells. Raises
+    NothingToLearn where there are none."""
+    end_ms = int((now.timestamp() + settings.stream.max_ahead_s) * 1000) + 1
+    events = archived(archive.read(end_ms=end_ms))
     if not len(events):
         raise NothingToLearn(
             f"the archive {settings.archive.url} is empty: let `penchant trainer` fill it"

@@ -168,6 +168,12 @@ EVENTS_ARCHIVED: Final = Counter(
     "look at the lag",
     registry=REGISTRY,
 )
+ARCHIVE_REJECTED: Final = Counter(
+    "penchant_archive_rejected",
+    "Records that are no events and so not archived. The updater, which sends them to the "
+    "dead-letter topic, counts more of a producer whose clock is ahead: the archive keeps those",
+    ["reason"], registry=REGISTRY,
+)  # fmt: skip
 ARCHIVE_SEGMENTS: Final = Gauge(
     "penchant_archive_segments",
     "Segments of the archive, as of the last tidying. Rising by far more than a day's worth: "

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +28,7 @@ from . import events as ev
 from . import metrics
 from .archive import Archive, Pending, open_store
 from .errors import UserError
-from .intake import Intake, MicroBatch
+from .intake import Intake, MicroBatch, Slice
 from .settings import ArchiveSettings, Settings
 from .times import DAY_MS
 from .topics import connect
@@ -67,6 +67,7 @@ class Ingest:
         self._tidied_s = time.monotonic()
         self._taken_s = time.monotonic()
         self._untidy = True  # what a process that died left
+        self._told: set[str] = set()  # reasons of rejects
 
     @property
     def waiting(self) -> int:
@@ -80,10 +81,10 @@ class Ingest:
             self._since_s = self._taken_s
         self._batches.append(batch)
         for piece in batch.slices:
-            latest_ms = ev.MAX_TS_MS
-            if piece.has_producer_times:  # as the updater: see there
-                latest_ms = time.time_ns() // 1_000_000 + self._max_ahead_ms
-            parsed = ev.parse(piece.values, piece.timestamps_ms, self._max_ahead_ms, latest_ms)
+            # Not by this process's clock: what another clock let into a profile belongs here, and
+            # what is taken now is not read again. Whoever reads the archive looks at a clock.
+            parsed = ev.parse(piece.values, piece.timestamps_ms, self._max_ahead_ms)
+            self._reject(piece, parsed.rejects)
             key = (piece.topic, piece.partition, piece.epoch)
             pending = self._pending.get(key)
             if pending is None:
@@ -93,6 +94,18 @@ class Ingest:
             offsets = [piece.offsets[i] for i in parsed.index]
             pending.add(offsets, parsed.events, piece.next_offset)
             self._rows += len(parsed.events)
+
+    def _reject(self, piece: Slice, rejects: Sequence[ev.Rejected]) -> None:
+        for reject in rejects:
+            metrics.ARCHIVE_REJECTED.labels(reject.reason).inc()
+            if reject.reason not in self._told:
+                self._told.add(reject.reason)
+                log.warning(
+                    "%s[%d] at %d is not archived (%s): %s. Told once for each reason; the updater "
+                    "sends such records to the dead-letter topic",
+                    piece.topic, piece.partition, piece.offsets[reject.index],
+                    reject.reason, reject.detail,
+                )  # fmt: skip
 
     def due(self) -> bool:
         """Whether there is enough, or it has waited long enough."""
@@ -121,7 +134,9 @@ class Ingest:
             return
         settings = self._settings
         expired = self._archive.expire(
-            int(settings.retention_days * DAY_MS), int(settings.max_gb * _GB)
+            int(settings.retention_days * DAY_MS),
+            int(settings.max_gb * _GB),
+            time.time_ns() // 1_000_000 + self._max_ahead_ms,
         )
         saved = self._archive.compact(_TIDY_STEP)
         if expired or saved:

@@ -1,0 +1,100 @@
+"""What the trainer makes of micro-batches, on a real folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import confluent_kafka as kafka
+import pytest
+
+from stream import metrics
+from stream.archive import Archive, Folder
+from stream.intake import MicroBatch, Slice
+from stream.settings import ArchiveSettings
+from stream.times import DAY_MS
+from stream.trainer_app import Ingest
+from tests.archived_events import T0_MS, records
+
+AHEAD_MS = 300_000
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Archive:
+    return Archive(Folder(tmp_path / "archive"))
+
+
+@pytest.fixture
+def ingest(archive: Archive) -> Ingest:
+    return Ingest(archive, ArchiveSettings(retention_days=30), AHEAD_MS)
+
+
+def batch(
+    values: list[bytes],
+    first: int = 0,
+    *,
+    partition: int = 0,
+    record_ms: int = T0_MS + DAY_MS,
+    clock: int = kafka.TIMESTAMP_LOG_APPEND_TIME,
+) -> MicroBatch:
+    m = len(values)
+    offsets = list(range(first, first + m))
+    piece = Slice("events", partition, 1, 7 + partition, offsets, [None] * m, list(values))
+    piece.timestamps_ms.extend([record_ms] * m)
+    piece.clocks.add(clock)
+    return MicroBatch((piece,))
+
+
+def event(type_: str, user: str, ts: int, item: str = "i") -> bytes:
+    told = {"type": type_, "user_id": user, "ts": ts}
+    return json.dumps(told | ({} if type_ == "forget" else {"item_id": item})).encode()
+
+
+def times(archive: Archive) -> list[int]:
+    return [t for table in archive.read() for t in table["t_ms"].to_pylist()]
+
+
+@pytest.mark.parametrize("clock", [kafka.TIMESTAMP_CREATE_TIME, kafka.TIMESTAMP_LOG_APPEND_TIME])
+def test_a_clock_that_was_set_back_loses_no_event(
+    archive: Archive, ingest: Ingest, clock: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda: (T0_MS - DAY_MS) * 1_000_000)
+    ingest.take(batch(records(50), clock=clock))
+    ingest.flush()
+    assert len(times(archive)) == 50
+
+
+def test_one_event_of_a_far_future_does_not_make_all_others_old(
+    archive: Archive, ingest: Ingest
+) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    years_ahead_ms = now_ms + 1000 * DAY_MS
+    values = [event("view", "u", now_ms), event("view", "u", years_ahead_ms)]
+    ingest.take(batch(values, record_ms=years_ahead_ms, clock=kafka.TIMESTAMP_CREATE_TIME))
+    ingest.flush()
+    ingest.tidy()
+    assert times(archive) == [now_ms, years_ahead_ms]
+
+
+def test_what_is_no_event_is_counted_and_told_once_for_each_reason(
+    archive: Archive, ingest: Ingest, caplog: pytest.LogCaptureFixture
+) -> None:
+    def counted(reason: str) -> float:
+        return metrics.ARCHIVE_REJECTED.labels(reason)._value.get()
+
+    before = {reason: counted(reason) for reason in ("json", "future_ts")}
+    late = event("view", "u", T0_MS + 2 * DAY_MS)
+    with caplog.at_level(logging.WARNING):
+        for n in range(3):
+            ingest.take(batch([b"not json", late, *records(5)], 10 * n))
+    ingest.flush()
+    assert len(times(archive)) == 15
+    assert {reason: counted(reason) - n for reason, n in before.items()} == {
+        "json": 3, "future_ts": 3,
+    }  # fmt: skip
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [
+        "events[0] at 0 is not archived (json)",
+        "events[0] at 1 is not archived (future_ts)",
+    ]
