@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import re
@@ -29,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +46,10 @@ from .errors import UserError
 from .labelling import Archived
 from .lease import LEASE_S, Lease
 from .times import DAY_MS, HOUR_MS
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 SCHEMA: Final = pa.schema(
     [
@@ -82,8 +88,17 @@ _WRITERS: Final = 16
 _DAY_AT_ONCE_BYTES: Final = 32 * 1024 * 1024
 _CHUNK_ROWS: Final = 100_000
 _TEMP: Final = ".tmp-"
+_DAMAGED: Final = "damaged/"  # before the name of a segment that was set aside
 _NAME: Final = re.compile(
     r"day=(\d{4}-\d\d-\d\d)/h(\d\d|xx)-([0-9a-f]{16})-p(\d{4,})-(\d{20})-(\d{20})\.parquet"
+)
+# What pyarrow raises for bytes that are no segment.
+_UNREADABLE: Final = (
+    pa.ArrowInvalid,
+    pa.ArrowNotImplementedError,
+    OSError,
+    LookupError,
+    ValueError,
 )
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LEARNED: Final = pa.schema([SCHEMA.field(name) for name in LEARNED])
@@ -155,6 +170,9 @@ class Store(Protocol):
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
 
+    def move(self, name: str, to: str) -> None:
+        """Give a file another name, if it is there."""
+
     def lock(self) -> Callable[[], None]:
         """Be the only writer; the way to give that up. UserError if there is another."""
 
@@ -203,6 +221,11 @@ class Folder:
 
     def remove(self, name: str) -> None:
         (self._path / name).unlink(missing_ok=True)
+
+    def move(self, name: str, to: str) -> None:
+        (self._path / to).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            (self._path / name).rename(self._path / to)
 
     def lock(self) -> Callable[[], None]:
         self._path.mkdir(parents=True, exist_ok=True)
@@ -259,6 +282,11 @@ class ObjectStore:
         self._check()
         with suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{name}")
+
+    def move(self, name: str, to: str) -> None:
+        self._check()
+        with suppress(FileNotFoundError):
+            self._fs.mv(f"{self._root}/{name}", f"{self._root}/{to}")
 
     def lock(self) -> Callable[[], None]:
         lease = Lease(self._fs, f"{self._root}/.lock", self._lease_s)
@@ -419,6 +447,16 @@ def hashed(user: str) -> str:
     return hashlib.sha256(user.encode()).hexdigest()
 
 
+class SegmentDamaged(UserError):
+    """What it holds is not what was written: set it aside, and go on with the others."""
+
+    def __init__(self, segment: Segment, why: str) -> None:
+        super().__init__(
+            f"{segment.name} in the archive is damaged ({why}): restore it from a copy, or its "
+            "events will be missing"
+        )
+
+
 @dataclass(frozen=True)
 class Command:
     """To forget a user, where it stood in the topic."""
@@ -443,6 +481,8 @@ class Stats:
     sources: int
     small_segments: int
     receipts: int
+    damaged: tuple[str, ...]
+    """Names of segments that cannot be read, and of those that the trainer set aside as such."""
 
 
 class Archive:
@@ -506,10 +546,14 @@ class Archive:
         removed: dict[str, int] = dict.fromkeys(forgets, 0)
         users = pa.array(list(forgets), pa.string())
         for segment in self.segments():
-            known = self._load(segment, ["user"])
-            if not pc.any(pc.is_in(known["user"], users)).as_py():
+            try:
+                known = self._load(segment, ["user"])
+                if not pc.any(pc.is_in(known["user"], users)).as_py():
+                    continue
+                table = self._load(segment)
+            except SegmentDamaged as error:
+                self._set_aside(segment, error)
                 continue
-            table = self._load(segment)
             left = _without(table, source, forgets)
             if len(left) == len(table):
                 continue
@@ -537,10 +581,11 @@ class Archive:
         return sum(removed.values())
 
     def compact(self, most: int = sys.maxsize) -> int:
-        """Merge small segments: those of one hour and partition, and all of a day and partition
-        if they are few bytes together. What is left per partition is then a segment for a past day
-        with few events, 24 small ones for another, and large ones. At most about `most` segments
-        are read in one call, for callers that have other work. Segments saved; 0: nothing to do."""
+        """Merge small segments: those of one hour and partition, and all of a day and partition if
+        they are few bytes together; damaged ones are set aside. What is left per partition is then
+        a segment for a past day with few events, 24 small ones for another, and large ones. At
+        most about `most` segments are read in one call, for callers that have other work. Segments
+        saved; 0: nothing to do."""
         by_day: dict[tuple[int, int, int], dict[Segment, int]] = defaultdict(dict)
         present = self.segments()
         for segment, size in present.items():
@@ -575,6 +620,9 @@ class Archive:
             self.store.remove(segment.name)
             total -= size
             removed += 1
+        for name, segment in self.set_aside().items():
+            if segment.end_ms <= newest_ms - retention_ms:
+                self.store.remove(name)
         return removed
 
     def _merge(self, segments: list[Segment], hour: int, present: Container[Segment]) -> int:
@@ -583,13 +631,25 @@ class Archive:
         first, next_ = min(s.first for s in segments), max(s.next for s in segments)
         merged = replace(segments[0], hour=hour, first=first, next=next_)
         # A large segment may have the name already, and hold what lies between the small ones.
-        parts = dict.fromkeys([*segments, *([merged] if merged in present else [])])
-        self._write({merged.name: _parquet(_once(self._all(parts)))})
-        # A crash before the next line leaves copies, which reading and the next merge see through.
+        parts = list(dict.fromkeys([*segments, *([merged] if merged in present else [])]))
+        tables = {}
         for segment in parts:
+            try:
+                tables[segment] = self._load(segment)
+            except SegmentDamaged as error:
+                self._set_aside(segment, error)
+        if len(tables) < 2:
+            return len(parts) - len(tables)
+        self._write({merged.name: _parquet(_once(pa.concat_tables(tables.values())))})
+        # A crash before the next line leaves copies, which reading and the next merge see through.
+        for segment in tables:
             if segment != merged:
                 self.store.remove(segment.name)
         return len(parts) - 1
+
+    def _set_aside(self, segment: Segment, why: SegmentDamaged) -> None:
+        log.error("%s. It is kept as %s%s", why, _DAMAGED, segment.name)
+        self.store.move(segment.name, _DAMAGED + segment.name)
 
     def _write(self, files: Mapping[str, Any]) -> None:
         self._on_progress()
@@ -602,6 +662,15 @@ class Archive:
             ) from error
 
     # --- reading
+
+    def set_aside(self) -> dict[str, Segment]:
+        """Damaged files that the trainer gave other names: name -> the segment it was."""
+        return {
+            name: segment
+            for name in self.store.sizes()
+            if name.startswith(_DAMAGED)
+            and (segment := parse_name(name.removeprefix(_DAMAGED))) is not None
+        }
 
     def forgotten(self) -> dict[str, list[Command]]:
         """Hash of a user (see `hashed`) -> commands to forget them that were carried out."""
@@ -620,7 +689,8 @@ class Archive:
         self, start_ms: int = 0, end_ms: int = ev.MAX_TS_MS + 1, chunk_rows: int = _CHUNK_ROWS
     ) -> Iterator[pa.Table]:
         """Events of a time range in event-time order, each once, in tables of SCHEMA of
-        `chunk_rows` or more (the last may hold fewer). Never a table without rows."""
+        `chunk_rows` or more (the last may hold fewer). Never a table without rows. A damaged
+        segment is named in the log and passed over."""
         waiting: list[pa.Table] = []
         rows = 0
         by_day: dict[int, dict[Segment, int]] = defaultdict(dict)
@@ -643,10 +713,14 @@ class Archive:
     def stats(self) -> Stats:
         """What is there. Reads the foot of each segment."""
         sizes = self.segments()
-        rows = 0
+        rows, damaged = 0, list(self.set_aside())
         for segment in sizes:
-            with suppress(FileNotFoundError), self.store.read(segment.name) as file:
-                rows += pq.read_metadata(file).num_rows
+            try:
+                rows += self._read(segment, lambda file: pq.read_metadata(file).num_rows)
+            except FileNotFoundError:
+                continue
+            except SegmentDamaged:
+                damaged.append(segment.name)
         names = self.store.sizes()
         return Stats(
             segments=len(sizes),
@@ -658,6 +732,7 @@ class Archive:
             sources=len({s.source for s in sizes}),
             small_segments=sum(size <= _SMALL_BYTES for size in sizes.values()),
             receipts=sum(name.startswith("receipts/") for name in names),
+            damaged=tuple(damaged),
         )
 
     def _hours(self, day: int, sizes: dict[Segment, int]) -> Iterator[pa.Table]:
@@ -695,19 +770,51 @@ class Archive:
                 yield hour, _once(pa.concat_tables(parts))
 
     def _all(self, segments: Iterable[Segment]) -> pa.Table:
-        """FileNotFoundError if one is gone."""
-        return pa.concat_tables([SCHEMA.empty_table(), *(self._load(s) for s in segments)])
+        """All but damaged ones. FileNotFoundError if one is gone."""
+        tables = [SCHEMA.empty_table()]
+        for segment in segments:
+            try:
+                tables.append(self._load(segment))
+            except SegmentDamaged as error:
+                log.warning("%s", error)
+        return pa.concat_tables(tables)
 
     def _load(self, segment: Segment, names: list[str] | None = None) -> pa.Table:
+        def table(file: Any) -> pa.Table:
+            found = pq.read_table(file, columns=names, page_checksum_verification=True)
+            return found if names else _complete(found)
+
         self._on_progress()
+        return self._read(segment, table)
+
+    def _read(self, segment: Segment, parse: Callable[[Any], T]) -> T:
+        """What a segment holds. SegmentDamaged; UserError where the storage fails;
+        FileNotFoundError if it is gone."""
         try:
             with self.store.read(segment.name) as file:
-                table = pq.read_table(file, columns=names)
-            return table if names else _complete(table)
-        except pa.ArrowInvalid as error:
+                return parse(file)
+        except FileNotFoundError:
+            raise
+        except _UNREADABLE:
+            # Arrow says OSError of both: the storage, and what is stored. So each by itself.
+            data = self._bytes(segment)
+        try:
+            return parse(io.BytesIO(data))
+        except _UNREADABLE as error:
+            raise SegmentDamaged(segment, str(error)) from error
+
+    def _bytes(self, segment: Segment) -> bytes:
+        try:
+            with self.store.read(segment.name) as file:
+                found: bytes = file.read()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
             raise UserError(
-                f"{segment.name} in the archive cannot be read ({error}): restore it or delete it"
+                f"{segment.name} in the archive cannot be read ({error.strerror or error}): mend "
+                "ARCHIVE_URL's storage"
             ) from error
+        return found
 
 
 def _complete(table: pa.Table) -> pa.Table:
@@ -724,7 +831,10 @@ def _complete(table: pa.Table) -> pa.Table:
 def _parquet(table: pa.Table) -> Any:
     sink = pa.BufferOutputStream()
     dictionaries = ["user", "item", "source", "type", "label", "currency", "title", "brand"]
-    pq.write_table(table, sink, compression="zstd", use_dictionary=dictionaries)
+    # Without checksums most changed bits would come out as other events.
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=dictionaries, write_page_checksum=True
+    )
     return sink.getvalue()
 
 

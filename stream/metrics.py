@@ -185,6 +185,12 @@ ARCHIVE_BYTES: Final = Gauge(
     "Size of the archive, as of the last tidying. At ARCHIVE_MAX_GB the oldest events go",
     registry=REGISTRY,
 )
+ARCHIVE_DAMAGED: Final = Gauge(
+    "penchant_archive_damaged",
+    "Damaged segments that were set aside, as of the last tidying. Any: `penchant archive stats` "
+    "names them; look at the disk, and restore them from a copy",
+    registry=REGISTRY,
+)
 LEARN_TURNS: Final = Counter(
     "penchant_learn_turns",
     "Turns of fine-tuning: accepted (live now), rejected (by the gate), failed (see the log; a "

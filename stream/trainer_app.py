@@ -144,6 +144,7 @@ class Ingest:
         sizes = self._archive.segments()
         metrics.ARCHIVE_SEGMENTS.set(len(sizes))
         metrics.ARCHIVE_BYTES.set(sum(sizes.values()))
+        metrics.ARCHIVE_DAMAGED.set(len(self._archive.set_aside()))
         if saved < _TIDY_STEP:
             self._untidy, self._tidied_s = False, time.monotonic()
 

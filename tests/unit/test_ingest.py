@@ -27,7 +27,8 @@ def archive(tmp_path: Path) -> Archive:
 
 
 @pytest.fixture
-def ingest(archive: Archive) -> Ingest:
+def ingest(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> Ingest:
+    monkeypatch.setattr("stream.trainer_app._TIDY_IDLE_S", 0.0)
     return Ingest(archive, ArchiveSettings(retention_days=30), AHEAD_MS)
 
 
@@ -98,3 +99,19 @@ def test_what_is_no_event_is_counted_and_told_once_for_each_reason(
         "events[0] at 0 is not archived (json)",
         "events[0] at 1 is not archived (future_ts)",
     ]
+
+
+def test_a_damaged_segment_stops_nothing(
+    archive: Archive, ingest: Ingest, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n in range(3):
+        ingest.take(batch([event("view", "u", T0_MS)] * 10, 10 * n))
+        ingest.flush()
+    segment = list(archive.segments())[1]
+    archive.store.write({segment.name: b"PAR1 torn"})
+    ingest.tidy()
+    assert f"{segment.name} in the archive is damaged" in caplog.text
+    assert metrics.ARCHIVE_DAMAGED._value.get() == 1
+    ingest.take(batch([event("view", "u", T0_MS)] * 10, 30))
+    ingest.flush()
+    assert len(times(archive)) == 30
