@@ -23,11 +23,11 @@ import os
 import re
 import secrets
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +43,7 @@ from profiles.schema import TYPE_CODE, key64, key_bytes
 
 from . import events as ev
 from .errors import UserError
-from .labelling import Archived
+from .labelling import Archived, Bools
 from .lease import LEASE_S, Lease
 from .times import DAY_MS, HOUR_MS
 
@@ -88,6 +88,8 @@ _WRITERS: Final = 16
 _DAY_AT_ONCE_BYTES: Final = 32 * 1024 * 1024
 _CHUNK_ROWS: Final = 100_000
 _TEMP: Final = ".tmp-"
+# Whom to leave out of what partitions that are behind still bring; a hundred bytes or two each.
+_MOST_FORGOTTEN: Final = 100_000
 _DAMAGED: Final = "damaged/"  # before the name of a segment that was set aside
 _NAME: Final = re.compile(
     r"day=(\d{4}-\d\d-\d\d)/h(\d\d|xx)-([0-9a-f]{16})-p(\d{4,})-(\d{20})-(\d{20})\.parquet"
@@ -314,6 +316,55 @@ def open_store(url: str) -> Store:
     return Folder(Path(url[7:])) if url.startswith("file://") else ObjectStore(url)
 
 
+# --- who is to be forgotten
+
+
+@dataclass(frozen=True)
+class Command:
+    """To forget a user, where it stood in the topic. It erases what came before it there, and in
+    partitions without such a command, which may be far behind, what is not of a later time."""
+
+    source: int
+    offset: int
+    event: int  # key of its event id; 0: none, or not kept
+    until_ms: int  # the latest event time that it erases in other partitions; 0: not kept
+
+    def receipt(self, user: str) -> str:
+        """The name of the file that says that it was carried out."""
+        at = f"{self.source:016x}-{self.offset:020d}"
+        return f"receipts/{hashed(user)}-{at}-{self.event:016x}-{self.until_ms:015d}.json"
+
+
+_RECEIPT: Final = re.compile(r"receipts/([0-9a-f]{16})-([0-9a-f]{16})-(\d{20})(.*)\.json")
+_RECEIPT_MORE: Final = re.compile(r"-([0-9a-f]{16})-(\d{15})")  # younger receipts have it
+
+
+def hashed(user: str) -> str:
+    """What receipts call somebody who was forgotten."""
+    return hashlib.sha256(user.encode()).hexdigest()[:16]
+
+
+def _erased(table: pa.Table, commands: Mapping[str, Sequence[Command]]) -> Bools:
+    """(m,) the rows that commands (hash of a user -> commands) erase."""
+    gone = np.zeros(len(table), np.bool_)
+    if not commands or not len(table):
+        return gone
+    user = table["user"].combine_chunks().dictionary_encode()
+    code = user.indices.to_numpy()
+    source, offset, t_ms = (table[name].to_numpy() for name in ("source", "offset", "t_ms"))
+    for i, name in enumerate(user.dictionary.to_pylist()):
+        of_user = commands.get(hashed(name), ())
+        if not of_user:
+            continue
+        rows = np.flatnonzero(code == i)
+        gone[rows] = t_ms[rows] <= max(command.until_ms for command in of_user)
+        # In order, so that of several commands in a partition the last has the say.
+        for command in sorted(of_user, key=lambda c: c.offset):
+            here = rows[source[rows] == np.uint64(command.source)]
+            gone[here] = offset[here] < command.offset
+    return gone
+
+
 # --- events -> columns
 
 
@@ -326,24 +377,31 @@ class Pending:
     first: int
     next: int
     tables: list[pa.Table] = field(default_factory=list)
-    forgets: dict[str, int] = field(default_factory=dict)  # user -> offset of the newest command
-    forget_events: dict[str, int] = field(default_factory=dict)  # user -> key of its event id
+    commands: dict[str, Command] = field(default_factory=dict)  # user -> the newest to forget them
 
-    def add(self, offsets: Sequence[int], batch: Sequence[ev.Event], next_offset: int) -> None:
-        """Take m validated events with their offsets, and note commands to forget."""
-        for offset, event in zip(offsets, batch, strict=True):
+    def add(
+        self,
+        offsets: Sequence[int],
+        batch: Sequence[ev.Event],
+        next_offset: int,
+        until_ms: Sequence[int] | None = None,
+    ) -> None:
+        """Take m validated events with their offsets, and note commands to forget. until_ms: the
+        latest time of an event that was sent when each of these was; without: its own."""
+        latest_ms = [event.ts for event in batch] if until_ms is None else until_ms
+        for offset, event, at_ms in zip(offsets, batch, latest_ms, strict=True):
             if event.type == "forget":
-                self.forgets[event.user_id] = offset
                 key = key64(event.event_id) if event.event_id is not None else 0
-                self.forget_events[event.user_id] = key
+                before = self.commands.get(event.user_id)
+                at_ms = max(at_ms, before.until_ms if before else at_ms)
+                self.commands[event.user_id] = Command(self.source, offset, key, at_ms)
         self.tables.append(columns(self.source, offsets, batch))
         self.next = next_offset
 
-    def table(self) -> pa.Table:
-        """What is to be written: all but commands, and what they erase."""
+    def table(self, commands: Mapping[str, Sequence[Command]]) -> pa.Table:
+        """What is to be written: all but commands to forget, and what they erase."""
         table = pa.concat_tables(self.tables)
-        table = table.filter(pc.not_equal(table["type"], FORGET))
-        return _without(table, self.source, self.forgets)
+        return table.filter(~(_erased(table, commands) | (table["type"].to_numpy() == FORGET)))
 
 
 def columns(source: int, offsets: Sequence[int], batch: Sequence[ev.Event]) -> pa.Table:
@@ -427,24 +485,7 @@ def archived(tables: Iterable[pa.Table]) -> Archived:
     )
 
 
-def _without(table: pa.Table, source: int, forgets: dict[str, int]) -> pa.Table:
-    """The rows that these commands, given in partition `source`, leave. In another partition
-    everything of the user goes: what came after the command cannot be told there."""
-    if not forgets:
-        return table
-    at = pc.index_in(table["user"], pa.array(list(forgets), pa.string()))
-    until = pc.take(pa.array(list(forgets.values()), pa.int64()), at)
-    same = pc.equal(table["source"], pa.scalar(source, pa.uint64()))
-    gone = pc.and_(pc.is_valid(at), pc.or_(pc.invert(same), pc.less(table["offset"], until)))
-    return table.filter(pc.invert(pc.fill_null(gone, False)))
-
-
 # --- the archive
-
-
-def hashed(user: str) -> str:
-    """What a receipt says of who was forgotten."""
-    return hashlib.sha256(user.encode()).hexdigest()
 
 
 class SegmentDamaged(UserError):
@@ -455,15 +496,6 @@ class SegmentDamaged(UserError):
             f"{segment.name} in the archive is damaged ({why}): restore it from a copy, or its "
             "events will be missing"
         )
-
-
-@dataclass(frozen=True)
-class Command:
-    """To forget a user, where it stood in the topic."""
-
-    source: int
-    offset: int
-    event: int  # key of its event id; 0: none, or not kept
 
 
 @dataclass(frozen=True)
@@ -493,6 +525,7 @@ class Archive:
         moves can be told from work that hangs."""
         self.store = store
         self._on_progress = on_progress
+        self._commands: dict[str, list[Command]] | None = None  # see `_remember`
 
     def lock(self) -> Callable[[], None]:
         """Be the only writer; returns the way to give that up. Raises UserError."""
@@ -509,10 +542,21 @@ class Archive:
 
     # --- writing
 
-    def write(self, pending: Pending) -> int:
-        """Put events into segments, and erase what their commands to forget name. All is durable
-        when this returns; the rows written. It may be repeated, with these or other borders."""
-        table = pending.table()
+    def write(self, *pendings: Pending) -> int:
+        """Put events into segments, and erase what their commands to forget name, in whichever
+        partition. All is durable when this returns; the rows written. It may be repeated, with
+        these or other borders."""
+        commands: dict[str, list[Command]] = defaultdict(list)
+        for pending in pendings:
+            for user, command in pending.commands.items():
+                commands[user].append(command)
+        remembered = self._remember(commands)
+        rows = sum(self._put(pending, pending.table(remembered)) for pending in pendings)
+        if commands:
+            self.forget(commands)
+        return rows
+
+    def _put(self, pending: Pending, table: pa.Table) -> int:
         hours = pc.divide(table["t_ms"], HOUR_MS).to_numpy()
         found = np.unique(hours)
         unit = 1 if len(found) <= _MOST_HOURS else 24
@@ -533,18 +577,28 @@ class Archive:
             )
             files[segment.name] = _parquet(table.slice(begin, end - begin))
         self._write(files)
-        if pending.forgets:
-            self.forget(pending.source, pending.forgets, pending.forget_events)
         return len(table)
 
-    def forget(
-        self, source: int, forgets: dict[str, int], events: Mapping[str, int] | None = None
-    ) -> int:
-        """Erase users' rows that came before their commands (user -> offset in `source`), and
-        leave a receipt of each that names the user by a hash. `events`: user -> key of the
-        command's event id. Rows erased."""
-        removed: dict[str, int] = dict.fromkeys(forgets, 0)
-        users = pa.array(list(forgets), pa.string())
+    def _remember(self, commands: Mapping[str, Sequence[Command]]) -> dict[str, list[Command]]:
+        """The newest commands, these and those carried out before: hash of a user -> commands. A
+        partition that is behind brings what they erase later."""
+        if self._commands is None:
+            found = self.forgotten().items()
+            self._commands = dict(sorted(found, key=lambda x: max(c.until_ms for c in x[1])))
+        for user, of_user in commands.items():
+            known = self._commands.pop(hashed(user), [])
+            self._commands[hashed(user)] = list(dict.fromkeys([*known, *of_user]))
+        while len(self._commands) > _MOST_FORGOTTEN:
+            del self._commands[next(iter(self._commands))]
+        return self._commands
+
+    def forget(self, commands: Mapping[str, Sequence[Command]]) -> int:
+        """Erase what was written of users before commands to forget them (user -> commands), and
+        leave a receipt of each that names the user by a hash. Rows erased."""
+        removed: dict[str, int] = dict.fromkeys(commands, 0)
+        users = pa.array(list(commands), pa.string())
+        remembered = self._remember(commands)
+        of_hash = {hashed(u): remembered.get(hashed(u), of_user) for u, of_user in commands.items()}
         for segment in self.segments():
             try:
                 known = self._load(segment, ["user"])
@@ -554,30 +608,22 @@ class Archive:
             except SegmentDamaged as error:
                 self._set_aside(segment, error)
                 continue
-            left = _without(table, source, forgets)
-            if len(left) == len(table):
+            gone = _erased(table, of_hash)
+            if not gone.any():
                 continue
-            for user in forgets:
-                before, after = (_count(t, user) for t in (table, left))
-                removed[user] += before - after
-            if len(left):
-                self._write({segment.name: _parquet(left)})
-            else:
+            for user, count in Counter(table["user"].filter(gone).to_pylist()).items():
+                removed[user] += count
+            if gone.all():
                 self.store.remove(segment.name)
+            else:
+                self._write({segment.name: _parquet(table.filter(~gone))})
         present = self.store.sizes()
-        for user, offset in forgets.items():
-            name = hashed(user)
-            path = f"receipts/{name[:16]}-{source:016x}-{offset:020d}.json"
-            # A repeat after a crash finds fewer rows, perhaps none: the first receipt stands.
-            if removed[user] or path not in present:
-                receipt = {
-                    "user_sha256": name,
-                    "source": f"{source:016x}",
-                    "offset": offset,
-                    "event": f"{(events or {}).get(user, 0):016x}",
-                    "rows": removed[user],
-                }
-                self._write({path: json.dumps(receipt).encode()})
+        for user, of_user in commands.items():
+            for command in of_user:
+                # A repeat after a crash finds fewer rows, perhaps none: the first receipt stands.
+                if removed[user] or command.receipt(user) not in present:
+                    receipt = {"user": hashed(user), **asdict(command), "rows": removed[user]}
+                    self._write({command.receipt(user): json.dumps(receipt).encode()})
         return sum(removed.values())
 
     def compact(self, most: int = sys.maxsize) -> int:
@@ -676,13 +722,16 @@ class Archive:
         """Hash of a user (see `hashed`) -> commands to forget them that were carried out."""
         found: dict[str, list[Command]] = defaultdict(list)
         for name in self.store.sizes():
-            if name.startswith("receipts/"):
-                with suppress(FileNotFoundError), self.store.read(name) as file:
-                    told = json.loads(file.read())
-                    command = Command(
-                        int(told["source"], 16), told["offset"], int(told.get("event", "0"), 16)
-                    )
-                    found[told["user_sha256"]].append(command)
+            if (receipt := _RECEIPT.fullmatch(name)) is None:
+                continue
+            user, source, offset, more = receipt.groups()
+            event, until_ms = 0, 0
+            if (told := _RECEIPT_MORE.fullmatch(more)) is not None:
+                event, until_ms = int(told[1], 16), int(told[2])
+            else:
+                with suppress(FileNotFoundError, ValueError), self.store.read(name) as file:
+                    event = int(json.loads(file.read()).get("event", "0"), 16)
+            found[user].append(Command(int(source, 16), int(offset), event, until_ms))
         return dict(found)
 
     def read(
@@ -690,7 +739,9 @@ class Archive:
     ) -> Iterator[pa.Table]:
         """Events of a time range in event-time order, each once, in tables of SCHEMA of
         `chunk_rows` or more (the last may hold fewer). Never a table without rows. A damaged
-        segment is named in the log and passed over."""
+        segment is named in the log and passed over; what receipts say is erased, though it came
+        back with a copy of a segment, is left out."""
+        commands = self.forgotten()
         waiting: list[pa.Table] = []
         rows = 0
         by_day: dict[int, dict[Segment, int]] = defaultdict(dict)
@@ -699,8 +750,9 @@ class Archive:
                 by_day[segment.day][segment] = size
         for day, sizes in sorted(by_day.items()):
             for table in self._hours(day, sizes):
-                t = table["t_ms"]
-                wanted = table.filter(pc.and_(pc.greater_equal(t, start_ms), pc.less(t, end_ms)))
+                t = table["t_ms"].to_numpy()
+                gone = _erased(table, commands)
+                wanted = table.filter((t >= start_ms) & (t < end_ms) & ~gone)
                 if len(wanted):
                     waiting.append(wanted)
                     rows += len(wanted)
@@ -846,7 +898,3 @@ def _once(table: pa.Table) -> pa.Table:
     new = np.ones(len(order), np.bool_)
     new[1:] = (s[1:] != s[:-1]) | (o[1:] != o[:-1])
     return table.take(order[new])
-
-
-def _count(table: pa.Table, user: str) -> int:
-    return int(pc.sum(pc.equal(table["user"], user)).as_py() or 0)

@@ -34,7 +34,6 @@ from model.windows import (
     Labelled,
     Types,
 )
-from profiles.arithmetic import FORGET
 from profiles.schema import key64
 
 from .times import DAY_MS
@@ -53,7 +52,7 @@ class Archived:
     item_ids: list[str]  # names of the codes in `item`
     user: Int32s  # (n,)
     item: Int32s  # (n,) -1 = none
-    type: Types  # (n,) index into the event types, or FORGET
+    type: Types  # (n,) index into the event types
     t_ms: Ints  # (n,) event time
     event: Keys64  # (n,) key of the event id, 0 = none
     rating: Floats  # (n,) NaN = none
@@ -106,7 +105,6 @@ def label(
     Events of unknown items keep their place in the window with item -1, and are no next item.
     """
     e = _take(events, _once(events.source, events.offset))
-    e = _take(e, np.flatnonzero(~_forgotten(e)))
     user = _ranks(e.users)[e.user] if len(e) else e.user
     order = np.lexsort((e.offset, e.source, e.t_ms, user))
     e, user = _take(e, order), user[order]
@@ -166,27 +164,6 @@ def _once(source: Keys64, offset: Ints) -> NDArray[np.intp]:
     new[1:] = (s[1:] != s[:-1]) | (o[1:] != o[:-1])
     once: NDArray[np.intp] = order[new]
     return once
-
-
-def _forgotten(e: Archived) -> Bools:
-    """Commands to forget, and what they erase: what came before in their partition; and in
-    partitions where the user has no such command, what is not newer by event time."""
-    command = e.type == FORGET
-    gone: Bools = command.copy()
-    if not command.any():
-        return gone
-    latest_ms = np.full(len(e.users), np.iinfo(np.int64).min)
-    np.maximum.at(latest_ms, e.user[command], e.t_ms[command])
-    sources, source = np.unique(e.source, return_inverse=True)
-    place = e.user.astype(np.int64) * len(sources) + source
-    places, last = np.unique(place[command], return_inverse=True)
-    until = np.full(len(places), -1, np.int64)
-    np.maximum.at(until, last, e.offset[command])
-    at = np.minimum(np.searchsorted(places, place), len(places) - 1)
-    here = places[at] == place
-    gone |= here & (e.offset < until[at])
-    gone |= ~here & (e.t_ms <= latest_ms[e.user])
-    return gone
 
 
 def _ranks(names: Sequence[str]) -> Int32s:

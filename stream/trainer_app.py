@@ -92,7 +92,8 @@ class Ingest:
                 pending = Pending(piece.source, piece.partition, first, first)
                 self._pending[key] = pending
             offsets = [piece.offsets[i] for i in parsed.index]
-            pending.add(offsets, parsed.events, piece.next_offset)
+            until_ms = [piece.timestamps_ms[i] + self._max_ahead_ms for i in parsed.index]
+            pending.add(offsets, parsed.events, piece.next_offset, until_ms)
             self._rows += len(parsed.events)
 
     def _reject(self, piece: Slice, rejects: Sequence[ev.Rejected]) -> None:
@@ -118,8 +119,7 @@ class Ingest:
 
     def flush(self) -> list[MicroBatch]:
         """Write what waits; the micro-batches that are durable now."""
-        for pending in self._pending.values():
-            metrics.EVENTS_ARCHIVED.inc(self._archive.write(pending))
+        metrics.EVENTS_ARCHIVED.inc(self._archive.write(*self._pending.values()))
         self._untidy |= bool(self._pending)
         done, self._batches = self._batches, []
         self._pending, self._rows = {}, 0

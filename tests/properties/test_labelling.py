@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from model import training_rows as tr
 from model.windows import HELD_BACK, Labelled
-from profiles.arithmetic import FORGET
 from profiles.schema import EVENT_TYPES, TYPE_CODE
 from stream.contributions import DEFAULT_WEIGHTS
 from stream.labelling import Archived, Rules, label
@@ -27,7 +26,7 @@ rows = st.lists(
     st.tuples(
         st.integers(0, 2),
         st.integers(-1, 3),
-        st.sampled_from([*range(len(EVENT_TYPES)), *[PURCHASE] * 3, FORGET]),
+        st.sampled_from([*range(len(EVENT_TYPES)), *[PURCHASE] * 3]),
         st.integers(0, 40),
         st.sampled_from([0, 0, 0, 1, 2, 3]),
         st.integers(1, 2),
@@ -108,10 +107,9 @@ def test_inputs_up_to_a_time_do_not_change_with_what_happens_later(
     events: list[Row], until_ms: int
 ) -> None:
     rules = dataclasses.replace(RULES, user_events=1_000)
-    behaviour = [e for e in events if e[2] != FORGET]
-    early = [i for i, e in enumerate(behaviour) if e[3] <= until_ms]
-    before = labelled(archived(behaviour, early), rules=rules)
-    after = labelled(archived(behaviour), rules=rules)
+    early = [i for i, e in enumerate(events) if e[3] <= until_ms]
+    before = labelled(archived(events, early), rules=rules)
+    after = labelled(archived(events), rules=rules)
     for j, user in enumerate(before.user):
         mine = slice(before.start[j], before.start[j + 1])
         theirs = after.start[after.user.index(user)]
@@ -125,10 +123,9 @@ def test_labels_do_not_change_with_what_happens_after_their_horizon(
     events: list[Row], until_ms: int
 ) -> None:
     rules = dataclasses.replace(RULES, user_events=1_000)
-    behaviour = [e for e in events if e[2] != FORGET]
-    early = [i for i, e in enumerate(behaviour) if e[3] <= until_ms]
-    before = labelled(archived(behaviour, early), until_ms, rules)
-    after = labelled(archived(behaviour), 40, rules)
+    early = [i for i, e in enumerate(events) if e[3] <= until_ms]
+    before = labelled(archived(events, early), until_ms, rules)
+    after = labelled(archived(events), 40, rules)
     for j, user in enumerate(before.user):
         theirs = int(after.start[after.user.index(user)])
         for name in ("purchase", "returns"):
@@ -142,23 +139,3 @@ def test_a_window_whose_horizon_has_not_passed_is_held_back(events: list[Row]) -
     out = labelled(archived(events))
     assert ((out.purchase == HELD_BACK) == (out.t_ms + HORIZON_MS >= 40)).all()
     assert ((out.returns == HELD_BACK) == (out.t_ms + RETURNS_MS >= 40)).all()
-
-
-@given(rows)
-def test_what_came_before_a_forget_in_its_partition_is_gone(events: list[Row]) -> None:
-    out = labelled(archived(events))
-    assert FORGET not in out.type.tolist()
-    for user, name in enumerate(["zoe", "ann", "max"]):
-        for source in (1, 2):
-            commands = [i for i, e in enumerate(events) if e[::5] == (user, source)]
-            commands = [i for i in commands if events[i][2] == FORGET]
-            if not commands:
-                continue
-            left = {
-                (e[2], e[3]) for i, e in enumerate(events) if e[0] == user
-                and (e[5] != source or i > commands[-1])
-            }  # fmt: skip
-            if name in out.user:
-                j = out.user.index(name)
-                mine = slice(out.start[j], out.start[j + 1])
-                assert set(zip(out.type[mine], out.t_ms[mine], strict=True)) <= left

@@ -110,7 +110,7 @@ def test_segments_of_before_labels_are_read_merged_and_erased_from(archive: Arch
     late = ev.View(user_id="u", item_id="i", ts=T0_MS + 2 * DAY_MS)
     write(archive, [*events, late], 60, 61)
     assert sorted(offsets(archive)) == list(range(61))
-    assert archive.forget(7, {events[0].user_id: 60}) > 0
+    assert archive.forget({events[0].user_id: [Command(7, 60, 0, 0)]}) > 0
     assert archive.compact() > 0
     table = pa.concat_tables(archive.read())
     assert set(table["label"].to_pylist()) == {""}
@@ -170,7 +170,7 @@ def test_long_work_shows_that_it_moves(tmp_path: Path, shop: list[ev.Event]) -> 
     archive = Archive(Folder(tmp_path), step)
     write(archive, shop, 0, N)
     segments, before = len(archive.segments()), steps
-    assert archive.forget(7, {"nobody": N}) == 0
+    assert archive.forget({"nobody": [Command(7, N, 0, 0)]}) == 0
     assert steps - before >= segments > 1
 
 
@@ -244,10 +244,8 @@ def test_a_death_at_any_moment_of_merging_loses_doubles_and_revives_nothing(
             Archive(Mortal(folder, changes)).compact()
         archive = Archive(Folder(folder))
         assert len(places(archive)) == len(set(places(archive))) == 100
-        erased = {1: {user: 50}, 2: {user: 50}}
         if changes % 2:  # erased between two halves of a merge
-            for source, command in erased.items():
-                archive.forget(source, command)
+            archive.forget({user: [Command(source, 50, 0, 0) for source in (1, 2)]})
         archive.compact()
         assert archive.compact() == 0
         left = [e for e in events if e.user_id != user] if changes % 2 else events
@@ -460,7 +458,7 @@ def test_a_merge_sets_a_damaged_segment_aside(
 def test_erasing_sets_a_damaged_segment_aside(
     archive: Archive, shop: list[ev.Event], damaged: Segment
 ) -> None:
-    archive.forget(7, {"user-3": N})
+    archive.forget({"user-3": [Command(7, N, 0, 0)]})
     left = [i for i in undamaged(shop, damaged) if shop[i].user_id != "user-3"]
     assert sorted(offsets(archive)) == left
 
@@ -621,6 +619,6 @@ def test_receipts_tell_which_command_was_carried_out(archive: Archive) -> None:
     pending.add([0, 1, 2], told, 3)
     archive.write(pending)
     assert archive.forgotten() == {
-        hashed("ann"): [Command(7, 1, key64("f"))],
-        hashed("ben"): [Command(7, 2, 0)],
+        hashed("ann"): [Command(7, 1, key64("f"), T0_MS)],
+        hashed("ben"): [Command(7, 2, 0, T0_MS)],
     }

@@ -115,3 +115,50 @@ def test_a_damaged_segment_stops_nothing(
     ingest.take(batch([event("view", "u", T0_MS)] * 10, 30))
     ingest.flush()
     assert len(times(archive)) == 30
+
+
+def test_who_was_forgotten_is_left_out_of_what_a_partition_that_lags_brings(
+    archive: Archive, ingest: Ingest
+) -> None:
+    """Also after a restart, and of the same flush."""
+    before, after = T0_MS + 1000, T0_MS + 2 * AHEAD_MS
+    command = [event("forget", "u", T0_MS)]
+
+    def brings(*times_ms: int, partition: int, first: int = 0) -> MicroBatch:
+        values = [event("view", user, t) for t in times_ms for user in ("u", "other")]
+        return batch(values, first, partition=partition, record_ms=T0_MS + DAY_MS)
+
+    ingest.take(brings(before, partition=1))
+    ingest.take(batch(command, partition=0, record_ms=T0_MS + 1000))
+    ingest.flush()
+    assert times(archive) == [before]
+    ingest = Ingest(Archive(archive.store), ArchiveSettings(), AHEAD_MS)
+    ingest.take(brings(before, after, partition=2))
+    ingest.flush()
+    assert times(archive) == [before, before, after, after]
+
+
+def test_whom_it_remembers_is_bounded_and_reading_knows_the_rest(
+    archive: Archive, ingest: Ingest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream.archive._MOST_FORGOTTEN", 2)
+    users = ["u0", "u1", "u2"]
+    for i, user in enumerate(users):
+        ingest.take(batch([event("forget", user, T0_MS + i)], i, record_ms=T0_MS + i))
+        ingest.flush()
+    ingest.take(batch([event("view", user, T0_MS) for user in users], partition=1))
+    ingest.flush()
+    assert archive.stats().rows == 1
+    assert times(archive) == []
+
+
+def test_a_copy_of_a_segment_brings_nobody_back(archive: Archive, ingest: Ingest) -> None:
+    ingest.take(batch([event("view", user, T0_MS) for user in ("u", "other")]))
+    ingest.flush()
+    (segment,) = archive.segments()
+    with archive.store.read(segment.name) as file:
+        copy = file.read()
+    ingest.take(batch([event("forget", "u", T0_MS)], 2))
+    ingest.flush()
+    archive.store.write({segment.name: copy})
+    assert [u for table in archive.read() for u in table["user"].to_pylist()] == ["other"]
