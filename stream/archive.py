@@ -38,12 +38,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from model.windows import Bools
 from profiles.arithmetic import FORGET
 from profiles.schema import TYPE_CODE, key64, key_bytes
 
 from . import events as ev
 from .errors import UserError
-from .labelling import Archived, Bools
+from .labelling import Archived
 from .lease import LEASE_S, Lease
 from .times import DAY_MS, HOUR_MS
 
@@ -90,6 +91,7 @@ _CHUNK_ROWS: Final = 100_000
 _TEMP: Final = ".tmp-"
 # Whom to leave out of what partitions that are behind still bring; a hundred bytes or two each.
 _MOST_FORGOTTEN: Final = 100_000
+_REACHED: Final = "reached.json"
 _DAMAGED: Final = "damaged/"  # before the name of a segment that was set aside
 _NAME: Final = re.compile(
     r"day=(\d{4}-\d\d-\d\d)/h(\d\d|xx)-([0-9a-f]{16})-p(\d{4,})-(\d{20})-(\d{20})\.parquet"
@@ -626,6 +628,11 @@ class Archive:
                     self._write({command.receipt(user): json.dumps(receipt).encode()})
         return sum(removed.values())
 
+    def note_reached(self, reached_ms: Mapping[int, int]) -> None:
+        """Put down up to which event time each of today's partitions (by source) is all here."""
+        told = {f"{source:016x}": t_ms for source, t_ms in sorted(reached_ms.items())}
+        self._write({_REACHED: json.dumps(told).encode()})
+
     def compact(self, most: int = sys.maxsize) -> int:
         """Merge small segments: those of one hour and partition, and all of a day and partition if
         they are few bytes together; damaged ones are set aside. What is left per partition is then
@@ -717,6 +724,18 @@ class Archive:
             if name.startswith(_DAMAGED)
             and (segment := parse_name(name.removeprefix(_DAMAGED))) is not None
         }
+
+    def reached(self) -> dict[int, int]:
+        """What `note_reached` put down last; nothing where it never did."""
+        try:
+            with self.store.read(_REACHED) as file:
+                told = json.loads(file.read())
+            return {int(source, 16): int(t_ms) for source, t_ms in told.items()}
+        except FileNotFoundError:
+            return {}
+        except (AttributeError, TypeError, ValueError):
+            log.warning("%s in the archive is damaged: labels wait a little longer", _REACHED)
+            return {}
 
     def forgotten(self) -> dict[str, list[Command]]:
         """Hash of a user (see `hashed`) -> commands to forget them that were carried out."""

@@ -116,7 +116,7 @@ def windows_of(data: Recorded, events: Events, user_events: int = 2_000) -> Labe
     rows = {item_id: row for row, item_id in enumerate(data.item_ids)}
     now_ms = int(events.t_ms.max(initial=0))
     rules = Rules(weights, user_events=user_events)
-    return label(archived, rows, EVENT_TYPES, rules, now_ms)
+    return label(archived, rows, EVENT_TYPES, rules, {0: now_ms})
 
 
 @dataclass(frozen=True)

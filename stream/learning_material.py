@@ -36,7 +36,7 @@ from .archive import Archive, archived, open_store
 from .catalogue import text_of
 from .contributions import event_weights
 from .features import features_of
-from .labelling import Rules, label
+from .labelling import Archived, Rules, label
 from .settings import Settings
 from .times import DAY_MS
 
@@ -136,7 +136,18 @@ def labelled(
         user_events=settings.archive.user_events,
     )
     rows = {item_id: row for row, item_id in enumerate(item_ids)}
-    return label(events, rows, EVENT_TYPES, rules, int(events.t_ms.max()))
+    return label(events, rows, EVENT_TYPES, rules, _reached_ms(events, archive))
+
+
+def _reached_ms(events: Archived, archive: Archive) -> dict[int, int]:
+    """See `label`. What is read of a partition tells how far it is, too; more lately where it is
+    busy, and alone before a trainer has put anything down."""
+    sources, at = np.unique(events.source, return_inverse=True)
+    latest_ms = np.zeros(len(sources), np.int64)
+    np.maximum.at(latest_ms, at, events.t_ms)
+    seen = dict(zip(sources.tolist(), latest_ms.tolist(), strict=True))
+    noted = archive.reached()
+    return {source: max(noted.get(source, 0), seen.get(source, 0)) for source in noted or seen}
 
 
 def _catalogue(items: ItemStore) -> tuple[list[str], list[str], list[str]]:

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -68,6 +68,9 @@ class Ingest:
         self._taken_s = time.monotonic()
         self._untidy = True  # what a process that died left
         self._told: set[str] = set()  # reasons of rejects
+        self._reached_ms = archive.reached()
+        self._latest_ms = 0  # of what was taken
+        self._flushed = (float("inf"), 0)  # the last flush: when, and what the latest was then
 
     @property
     def waiting(self) -> int:
@@ -80,6 +83,8 @@ class Ingest:
         if not self._batches:
             self._since_s = self._taken_s
         self._batches.append(batch)
+        # A clock that is ahead does not tell what time it is in the shop.
+        believed_ms = time.time_ns() // 1_000_000 + self._max_ahead_ms
         for piece in batch.slices:
             # Not by this process's clock: what another clock let into a profile belongs here, and
             # what is taken now is not read again. Whoever reads the archive looks at a clock.
@@ -95,6 +100,8 @@ class Ingest:
             until_ms = [piece.timestamps_ms[i] + self._max_ahead_ms for i in parsed.index]
             pending.add(offsets, parsed.events, piece.next_offset, until_ms)
             self._rows += len(parsed.events)
+            times_ms = (event.ts for event in parsed.events if event.ts <= believed_ms)
+            self._latest_ms = max(self._latest_ms, max(times_ms, default=0))
 
     def _reject(self, piece: Slice, rejects: Sequence[ev.Rejected]) -> None:
         for reject in rejects:
@@ -117,13 +124,31 @@ class Ingest:
             or len(self._batches) >= _BATCHES
         )
 
-    def flush(self) -> list[MicroBatch]:
-        """Write what waits; the micro-batches that are durable now."""
+    def flush(self, at_end_s: Mapping[int, float]) -> list[MicroBatch]:
+        """Write what waits; the micro-batches that are durable now. at_end_s: source -> when
+        (monotonic) all that its partition held was durable."""
         metrics.EVENTS_ARCHIVED.inc(self._archive.write(*self._pending.values()))
         self._untidy |= bool(self._pending)
+        self._note_reached(at_end_s)
         done, self._batches = self._batches, []
         self._pending, self._rows = {}, 0
         return done
+
+    def _note_reached(self, at_end_s: Mapping[int, float]) -> None:
+        """A partition in which nothing happens tells no time. But what was at its end after the
+        last flush holds all of the time before that, by the events of the others: not by a wall
+        clock, which tells nothing of a replay."""
+        (flushed_s, latest_ms), before = self._flushed, self._reached_ms
+        self._flushed = (time.monotonic(), self._latest_ms)
+        today = frozenset[int]().union(*(batch.sources for batch in self._batches[-1:])) or before
+        self._reached_ms = {
+            source: max(before.get(source, 0), latest_ms)
+            if at_end_s.get(source, float("-inf")) > flushed_s
+            else before.get(source, 0)
+            for source in today
+        }
+        if self._reached_ms != before:
+            self._archive.note_reached(self._reached_ms)
 
     def tidy(self) -> None:
         """Once in a while, and when idle: retention by age and size, and a step of merging small
@@ -337,7 +362,8 @@ class Trainer:
     def _written(self) -> list[MicroBatch]:
         """The batches that are durable now. On the archive's thread, so one at a time."""
         draining = self.intake.draining()
-        done = self._ingest.flush() if self._ingest.due() or draining else []
+        at_end_s = self.intake.at_end_s()
+        done = self._ingest.flush(at_end_s) if self._ingest.due() or draining else []
         if not draining:
             self._ingest.tidy()
             self._look_at_release()

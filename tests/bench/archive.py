@@ -61,8 +61,8 @@ def _measure(n: int, what: str, span_ms: int) -> str:
             piece = Slice("events", 0, 1, 7, offsets, [None] * m, list(part), [T0_MS] * m)
             ingest.take(MicroBatch((piece,)))
             if ingest.due():
-                ingest.flush()
-        ingest.flush()
+                ingest.flush({})
+        ingest.flush({})
         rows = [_row("archived", n, started)]
         started = _now()
         archive.compact()
@@ -73,7 +73,7 @@ def _measure(n: int, what: str, span_ms: int) -> str:
         rows.append(_row("read back", n, started))
         started = _now()
         item_rows = {item: row for row, item in enumerate(events.item_ids)}
-        label(events, item_rows, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), int(events.t_ms.max()))
+        label(events, item_rows, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), {7: int(events.t_ms.max())})
         rows.append(_row("labelled", n, started))
     return (
         f"{n:,} events of {what}: {stats.segments:,} segments, {stats.size_bytes / n:.1f} bytes an "

@@ -97,7 +97,7 @@ def test_what_stays_depends_on_no_lag_no_flush_and_no_death(
                 ingest.take(MicroBatch((piece,)))
                 taken[p] += len(part)
             if flushes:
-                ingest.flush()
+                ingest.flush({})
             if flushes and not dies:
                 committed = list(taken)
             if dies:  # between a flush and its commit, or before a flush

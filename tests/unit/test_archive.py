@@ -70,7 +70,7 @@ def test_an_empty_archive_reads_as_nothing(archive: Archive) -> None:
     assert archive.compact() == 0
     assert archive.expire(1, 1) == 0
     columns = archived(archive.read())
-    assert len(label(columns, {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), 0)) == 0
+    assert len(label(columns, {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), {})) == 0
 
 
 def test_events_come_back_whole_in_event_time(archive: Archive, shop: list[ev.Event]) -> None:
@@ -94,7 +94,7 @@ def test_labels_reach_the_windows(archive: Archive) -> None:
         ev.Message(**shopper, event_id="m", text="It broke.", label="refund"),
     ]
     write(archive, events, 0, 3)
-    windows = label(archived(archive.read()), {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), T0_MS)
+    windows = label(archived(archive.read()), {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), {7: T0_MS})
     assert windows.label == ["refund", "negative"]
 
 

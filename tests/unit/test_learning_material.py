@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from model.windows import HELD_BACK
 from stream.archive import Archive, Folder, Pending
-from stream.events import Event, View
+from stream.events import Event, Purchase, View
 from stream.learning_material import labelled
 from stream.refold import spill
 from stream.settings import ArchiveSettings, Settings
@@ -50,3 +51,47 @@ def test_an_event_of_a_clock_that_was_ahead_is_kept_and_waits_until_its_time_has
     ]
     later = datetime.fromtimestamp((T0_MS + 10 * DAY_MS) / 1000, UTC)
     assert len(labelled(settings, ["i"], archive, later)) == 2
+
+
+def test_a_shopper_of_a_partition_that_lags_is_held_back_and_no_negative(
+    settings: Settings, archive: Archive
+) -> None:
+    """After a trainer was down, it has one partition up to now and another up to day 2."""
+    busy = [view("busy", T0_MS + n * DAY_MS) for n in range(50)]
+    slow = [view("slow", T0_MS + n * DAY_MS) for n in range(3)]
+    fill(archive, busy, source=1)
+    fill(archive, slow, source=2)
+    now = NOW + timedelta(days=50)
+    windows = labelled(settings, ["i"], archive, now)
+    assert windows.user == ["busy", "slow"]
+    mine, theirs = windows.purchase[:50].tolist(), windows.purchase[50:].tolist()
+    assert mine == [0] * 42 + [HELD_BACK] * 8
+    assert theirs == [HELD_BACK] * 3
+    assert windows.returns[50:].tolist() == [HELD_BACK] * 3
+    # It comes, and they bought.
+    bought = [Purchase(user_id="slow", item_id="i", ts=T0_MS + 3 * DAY_MS)]
+    fill(archive, [*bought, *(view("other", T0_MS + n * DAY_MS) for n in (3, 49))], 3, source=2)
+    windows = labelled(settings, ["i"], archive, now)
+    assert windows.purchase[windows.start[2] :].tolist() == [1, 1, 1, 0]
+
+
+def test_a_quiet_partition_and_one_of_before_are_as_far_as_the_trainer_said(
+    settings: Settings, archive: Archive
+) -> None:
+    for source, user in ((1, "busy"), (2, "quiet"), (3, "of a topic of before")):
+        fill(archive, [view(user, T0_MS)], source=source)
+    fill(archive, [view("other", T0_MS + 40 * DAY_MS)], 1, source=1)
+    now = NOW + timedelta(days=50)
+
+    def held_back() -> list[str]:
+        windows = labelled(settings, ["i"], archive, now)
+        return [u for u, at in zip(windows.user, windows.start, strict=False)
+                if windows.returns[at] == HELD_BACK and u != "other"]  # fmt: skip
+
+    assert held_back() == ["of a topic of before", "quiet"]
+    archive.note_reached({1: 0, 2: T0_MS + DAY_MS})
+    assert held_back() == ["of a topic of before", "quiet"]
+    archive.note_reached({1: 0, 2: T0_MS + 31 * DAY_MS})
+    assert held_back() == []
+    archive.store.write({"reached.json": b"torn"})
+    assert held_back() == ["of a topic of before", "quiet"]
