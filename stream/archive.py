@@ -76,7 +76,7 @@ SCHEMA: Final = pa.schema(
     metadata={"penchant.archive": "1"},
 )
 
-LEARNED: Final = tuple(SCHEMA.names[: SCHEMA.names.index("currency")])
+LEARNED: Final = ("source", "offset", "t_ms", "user", "type", "item", "event", "rating", "label")
 """The columns that training reads."""
 
 _ALL_DAY: Final = -1
@@ -465,9 +465,8 @@ _EVENT_OF: Final = {_CODES[kind.model_fields["type"].default]: kind for kind in 
 
 def archived(tables: Iterable[pa.Table]) -> Archived:
     """Columns for labelling, users and items as codes."""
-    table = pa.concat_tables([_LEARNED.empty_table(), *(t.select(LEARNED) for t in tables)])
-    user = table["user"].combine_chunks().dictionary_encode()
-    item = table["item"].combine_chunks().dictionary_encode()
+    table = pa.concat_tables([_coded(_LEARNED.empty_table()), *map(_coded, tables)])
+    user, item = (table[name].combine_chunks() for name in ("user", "item"))
     item_ids = item.dictionary.to_pylist()
     item_code = item.indices.to_numpy().astype(np.int32)
     if "" in item_ids:
@@ -485,6 +484,15 @@ def archived(tables: Iterable[pa.Table]) -> Archived:
         source=table["source"].to_numpy(),
         offset=table["offset"].to_numpy(),
     )
+
+
+def _coded(table: pa.Table) -> pa.Table:
+    """What is learned from, names as codes: most of it would be the same names again and again."""
+    columns = [
+        table[name].dictionary_encode() if name in ("user", "item", "label") else table[name]
+        for name in LEARNED
+    ]
+    return pa.Table.from_arrays(columns, names=list(LEARNED))
 
 
 # --- the archive
@@ -754,12 +762,16 @@ class Archive:
         return dict(found)
 
     def read(
-        self, start_ms: int = 0, end_ms: int = ev.MAX_TS_MS + 1, chunk_rows: int = _CHUNK_ROWS
+        self,
+        start_ms: int = 0,
+        end_ms: int = ev.MAX_TS_MS + 1,
+        chunk_rows: int = _CHUNK_ROWS,
+        columns: Sequence[str] = tuple(SCHEMA.names),
     ) -> Iterator[pa.Table]:
-        """Events of a time range in event-time order, each once, in tables of SCHEMA of
-        `chunk_rows` or more (the last may hold fewer). Never a table without rows. A damaged
-        segment is named in the log and passed over; what receipts say is erased, though it came
-        back with a copy of a segment, is left out."""
+        """Events of a time range in event-time order, each once, in tables of these columns of
+        SCHEMA (source, offset, t_ms and user among them) of `chunk_rows` or more (the last may hold
+        fewer). Never a table without rows. A damaged segment is named in the log and passed over;
+        what receipts say is erased, though it came back with a copy of a segment, is left out."""
         commands = self.forgotten()
         waiting: list[pa.Table] = []
         rows = 0
@@ -768,7 +780,7 @@ class Archive:
             if segment.start_ms < end_ms and segment.end_ms > start_ms:
                 by_day[segment.day][segment] = size
         for day, sizes in sorted(by_day.items()):
-            for table in self._hours(day, sizes):
+            for table in self._hours(day, sizes, columns):
                 t = table["t_ms"].to_numpy()
                 gone = _erased(table, commands)
                 wanted = table.filter((t >= start_ms) & (t < end_ms) & ~gone)
@@ -781,22 +793,26 @@ class Archive:
         if waiting:
             yield pa.concat_tables(waiting)
 
+    def rows(self) -> dict[Segment, int | None]:
+        """How many rows each segment holds, by its foot; None if it is damaged."""
+        found: dict[Segment, int | None] = {}
+        for segment in self.segments():
+            with suppress(FileNotFoundError):
+                try:
+                    found[segment] = self._read(segment, lambda f: pq.read_metadata(f).num_rows)
+                except SegmentDamaged:
+                    found[segment] = None
+        return found
+
     def stats(self) -> Stats:
         """What is there. Reads the foot of each segment."""
-        sizes = self.segments()
-        rows, damaged = 0, list(self.set_aside())
-        for segment in sizes:
-            try:
-                rows += self._read(segment, lambda file: pq.read_metadata(file).num_rows)
-            except FileNotFoundError:
-                continue
-            except SegmentDamaged:
-                damaged.append(segment.name)
+        sizes, rows = self.segments(), self.rows()
+        damaged = [*self.set_aside(), *(s.name for s, count in rows.items() if count is None)]
         names = self.store.sizes()
         return Stats(
             segments=len(sizes),
             size_bytes=sum(sizes.values()),
-            rows=rows,
+            rows=sum(count or 0 for count in rows.values()),
             first_ms=min((s.start_ms for s in sizes), default=None),
             end_ms=max((s.end_ms for s in sizes), default=None),
             days=len({s.day for s in sizes}),
@@ -806,12 +822,14 @@ class Archive:
             damaged=tuple(damaged),
         )
 
-    def _hours(self, day: int, sizes: dict[Segment, int]) -> Iterator[pa.Table]:
+    def _hours(
+        self, day: int, sizes: dict[Segment, int], columns: Sequence[str]
+    ) -> Iterator[pa.Table]:
         """The day's events, at once or hour by hour. What changes meanwhile is looked up anew."""
         next_hour = 0
         while True:
             try:
-                for hour, table in self._hours_of(day, sizes, next_hour):
+                for hour, table in self._hours_of(day, sizes, next_hour, columns):
                     yield table
                     next_hour = hour + 1
                 return
@@ -825,35 +843,37 @@ class Archive:
                     ) from error
 
     def _hours_of(
-        self, day: int, sizes: dict[Segment, int], first_hour: int
+        self, day: int, sizes: dict[Segment, int], first_hour: int, columns: Sequence[str]
     ) -> Iterator[tuple[int, pa.Table]]:
         if first_hour == 0 and sum(sizes.values()) <= _DAY_AT_ONCE_BYTES:
-            yield 23, _once(self._all(sizes))
+            yield 23, _once(self._all(sizes, columns))
             return
         by_hour: dict[int, list[Segment]] = defaultdict(list)
         for segment in sizes:
             by_hour[segment.hour].append(segment)
-        whole = self._all(by_hour.pop(_ALL_DAY, []))
+        whole = self._all(by_hour.pop(_ALL_DAY, []), columns)
         at = pc.divide(pc.subtract(whole["t_ms"], day * DAY_MS), HOUR_MS)
         for hour in sorted(by_hour.keys() | set(pc.unique(at).to_pylist())):
             if hour >= first_hour:
-                parts = [whole.filter(pc.equal(at, hour)), self._all(by_hour.get(hour, []))]
+                others = self._all(by_hour.get(hour, []), columns)
+                parts = [whole.filter(pc.equal(at, hour)), others]
                 yield hour, _once(pa.concat_tables(parts))
 
-    def _all(self, segments: Iterable[Segment]) -> pa.Table:
+    def _all(self, segments: Iterable[Segment], columns: Sequence[str]) -> pa.Table:
         """All but damaged ones. FileNotFoundError if one is gone."""
-        tables = [SCHEMA.empty_table()]
+        tables = [SCHEMA.empty_table().select(columns)]
         for segment in segments:
             try:
-                tables.append(self._load(segment))
+                tables.append(self._load(segment, columns))
             except SegmentDamaged as error:
                 log.warning("%s", error)
         return pa.concat_tables(tables)
 
-    def _load(self, segment: Segment, names: list[str] | None = None) -> pa.Table:
+    def _load(self, segment: Segment, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
         def table(file: Any) -> pa.Table:
-            found = pq.read_table(file, columns=names, page_checksum_verification=True)
-            return found if names else _complete(found)
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            there = [name for name in columns if name in parquet.schema_arrow.names]
+            return _complete(parquet.read(there), columns)
 
         self._on_progress()
         return self._read(segment, table)
@@ -888,15 +908,15 @@ class Archive:
         return found
 
 
-def _complete(table: pa.Table) -> pa.Table:
+def _complete(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     """A segment in today's columns: no label was given where it is too old to have any, and what
     else it lacks is null."""
-    if "label" not in table.column_names:
-        table = table.append_column("label", pa.array([""] * len(table), pa.string()))
-    for column in SCHEMA:
+    schema = pa.schema([SCHEMA.field(name) for name in columns], SCHEMA.metadata)
+    for column in schema:
         if column.name not in table.column_names:
-            table = table.append_column(column, pa.nulls(len(table), column.type))
-    return table.select(SCHEMA.names).cast(SCHEMA)
+            none = [""] * len(table) if column.name == "label" else [None] * len(table)
+            table = table.append_column(column, pa.array(none, column.type))
+    return table.select(columns).cast(schema)
 
 
 def _parquet(table: pa.Table) -> Any:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from model.windows import HELD_BACK
+from model.windows import HELD_BACK, Labelled
 from stream.archive import Archive, Folder, Pending
 from stream.events import Event, Purchase, View
 from stream.learning_material import labelled
 from stream.refold import spill
-from stream.settings import ArchiveSettings, Settings
+from stream.settings import ArchiveSettings, LearnSettings, Settings
 from stream.times import DAY_MS
 from tests.archived_events import T0_MS
 
@@ -95,3 +95,44 @@ def test_a_quiet_partition_and_one_of_before_are_as_far_as_the_trainer_said(
     assert held_back() == []
     archive.store.write({"reached.json": b"torn"})
     assert held_back() == ["of a topic of before", "quiet"]
+
+
+def test_of_a_large_archive_a_part_of_the_shoppers_is_read_with_labels_unchanged(
+    settings: Settings, archive: Archive, caplog: pytest.LogCaptureFixture
+) -> None:
+    users = [f"u{n}" for n in range(60)]
+    days = [d for d in range(200) if d % 10 < 7]  # some come back within the horizon, some do not
+    for at, d in enumerate(days):
+        day = [view(user, T0_MS + d * DAY_MS) for user in users]
+        fill(archive, day, first=at * len(users))
+    now = NOW + timedelta(days=200)
+
+    def read(most: int, at: datetime = now) -> Labelled:
+        learn = LearnSettings(most_events=most, newest_days=50, return_days=2)
+        return labelled(settings.model_copy(update={"learn": learn}), ["i"], archive, at)
+
+    def by_user(windows: Labelled) -> dict[str, dict[int, int]]:
+        return {
+            user: dict(
+                zip(*(x[a:b].tolist() for x in (windows.t_ms, windows.returns)), strict=True)
+            )
+            for user, a, b in zip(windows.user, windows.start, windows.start[1:], strict=False)
+        }
+
+    everything = read(len(users) * len(days))
+    assert len(everything) == len(users) * len(days)
+    assert caplog.text == ""
+    for most in (1_500, 2_500, 4_000):
+        some = read(most)
+        assert 0.6 * most < len(some) < 1.4 * most  # chance, of 60 shoppers
+        assert "LEARN_MOST_EVENTS" in caplog.text
+        newest_ms = T0_MS + 150 * DAY_MS
+        whole = by_user(everything)
+        found = by_user(some)
+        for user, labels in found.items():
+            newest = {t: x for t, x in whole[user].items() if t >= newest_ms}
+            assert {t: x for t, x in labels.items() if t >= newest_ms} == newest
+            assert labels in (newest, whole[user])
+        older = sum(len(labels) > 40 for labels in found.values())
+        assert 0 < older <= len(found)
+    assert read(1_500).user == read(1_500).user != read(1_500, now + timedelta(hours=1)).user
