@@ -7,7 +7,7 @@ object appears when its upload ends. Writing a range again overwrites it with th
 range with other borders, after a crash, leaves copies: reading counts each (source, offset) once,
 and compaction merges them away.
 
-It knows columns and names; it does not know Kafka (`trainer_app.py`) or labels (`labelling.py`).
+It knows columns and names; it does not know Kafka (`ingest.py`) or labels (`labelling.py`).
 One process at a time may change an archive (`lock`); any number may read.
 """
 

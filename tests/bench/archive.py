@@ -17,11 +17,11 @@ from typing import Final
 from profiles.schema import EVENT_TYPES
 from stream.archive import Archive, Folder, archived
 from stream.contributions import DEFAULT_WEIGHTS
+from stream.ingest import Ingest
 from stream.intake import MicroBatch, Slice
 from stream.labelling import Rules, label
 from stream.settings import ArchiveSettings
 from stream.times import HOUR_MS
-from stream.trainer_app import Ingest
 from tests.archived_events import T0_MS, records
 
 from . import report

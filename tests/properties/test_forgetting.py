@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream.archive import Archive, Folder
+from stream.ingest import Ingest
 from stream.intake import MicroBatch, Slice
 from stream.settings import ArchiveSettings
-from stream.trainer_app import Ingest
 from tests.archived_events import T0_MS
 
 AHEAD_MS = 3

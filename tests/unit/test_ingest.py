@@ -13,10 +13,10 @@ import pytest
 
 from stream import metrics
 from stream.archive import Archive, Folder
+from stream.ingest import Ingest
 from stream.intake import MicroBatch, Slice
 from stream.settings import ArchiveSettings
 from stream.times import DAY_MS
-from stream.trainer_app import Ingest
 from tests.archived_events import T0_MS, records
 
 AHEAD_MS = 300_000
@@ -29,7 +29,7 @@ def archive(tmp_path: Path) -> Archive:
 
 @pytest.fixture
 def ingest(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> Ingest:
-    monkeypatch.setattr("stream.trainer_app._TIDY_IDLE_S", 0.0)
+    monkeypatch.setattr("stream.ingest._TIDY_IDLE_S", 0.0)
     return Ingest(archive, ArchiveSettings(retention_days=30), AHEAD_MS)
 
 
