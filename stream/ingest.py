@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 BATCHES: Final = 40
 """Micro-batches that a flush holds at most."""
+_FLUSHES: Final = 64  # remembered: ends of partitions are a second or two old when they are told
 _GB: Final = 10**9
 _TIDY_EVERY_S: Final = 60.0
 # A flush of events of months leaves a segment for each day or hour: who has nothing else to do
@@ -47,7 +49,8 @@ class Ingest:
         self._told: set[str] = set()  # reasons of rejects
         self._reached_ms = archive.reached()
         self._latest_ms = 0  # of what was taken
-        self._flushed = (float("inf"), 0)  # the last flush: when, and what the latest was then
+        # The last flushes: when (monotonic), and what the latest was then.
+        self._flushes: deque[tuple[float, int]] = deque(maxlen=_FLUSHES)
 
     @property
     def waiting(self) -> int:
@@ -112,20 +115,21 @@ class Ingest:
         return done
 
     def _note_reached(self, at_end_s: Mapping[int, float]) -> None:
-        """A partition in which nothing happens tells no time. But what was at its end after the
-        last flush holds all of the time before that, by the events of the others: not by a wall
-        clock, which tells nothing of a replay."""
-        (flushed_s, latest_ms), before = self._flushed, self._reached_ms
-        self._flushed = (time.monotonic(), self._latest_ms)
+        """A partition in which nothing happens tells no time. But what was at its end after a
+        flush holds all of the time before that, by the events of the others: not by a wall clock,
+        which tells nothing of a replay."""
+        before = self._reached_ms
         today = frozenset[int]().union(*(batch.sources for batch in self._batches[-1:])) or before
         self._reached_ms = {
-            source: max(before.get(source, 0), latest_ms)
-            if at_end_s.get(source, float("-inf")) > flushed_s
-            else before.get(source, 0)
+            source: max(before.get(source, 0), self._latest_before(at_end_s.get(source, 0.0)))
             for source in today
         }
+        self._flushes.append((time.monotonic(), self._latest_ms))
         if self._reached_ms != before:
             self._archive.note_reached(self._reached_ms)
+
+    def _latest_before(self, at_s: float) -> int:
+        return next((ms for flushed_s, ms in reversed(self._flushes) if flushed_s < at_s), 0)
 
     def tidy(self) -> None:
         """Once in a while, and when idle: retention by age and size, and a step of merging small

@@ -180,15 +180,15 @@ def test_a_quiet_partition_is_as_far_as_the_others_were_when_it_was_last_at_its_
     flush_a_day({})
     assert archive.reached() == {7: 0, 8: 0, 9: 0}
     at_end = time.monotonic()
-    flush_a_day({8: at_end, 9: at_end})
-    assert archive.reached() == {7: 0, 8: T0_MS, 9: T0_MS}
-    flush_a_day({8: time.monotonic(), 9: at_end})  # since the last flush 9 was behind
-    assert archive.reached() == {7: 0, 8: T0_MS + DAY_MS, 9: T0_MS}
+    flush_a_day({9: at_end})
+    assert archive.reached() == {7: 0, 8: 0, 9: T0_MS}
+    flush_a_day({8: at_end, 9: time.monotonic()})
+    assert archive.reached() == {7: 0, 8: T0_MS, 9: T0_MS + DAY_MS}
     ingest = Ingest(archive, ArchiveSettings(), AHEAD_MS)  # a restart
     flush_a_day({9: time.monotonic()})
-    assert archive.reached() == {7: 0, 8: T0_MS + DAY_MS, 9: T0_MS}
+    assert archive.reached() == {7: 0, 8: T0_MS, 9: T0_MS + DAY_MS}
     flush_a_day({9: time.monotonic()})
-    assert archive.reached() == {7: 0, 8: T0_MS + DAY_MS, 9: T0_MS + 3 * DAY_MS}
+    assert archive.reached() == {7: 0, 8: T0_MS, 9: T0_MS + 3 * DAY_MS}
 
 
 def test_an_event_of_a_wrong_clock_tells_no_time(archive: Archive, ingest: Ingest) -> None:
