@@ -3,7 +3,7 @@
 processes   updater_app (`penchant updater`), trainer_app (`penchant trainer`), demo, replay
 an event    events -> intake -> contributions -> updater -> catalogue, forwarding, dead_letter
 a release   swapping (flip between micro-batches), migration (profiles of other spaces)
-learning    archive -> labelling -> learning (`penchant learn`)
+learning    ingest -> archive -> labelling -> learning (`penchant learn`)
 judging     evaluation, evaluation_data, evaluation_view (`penchant eval`)
 Kafka       topics, offsets, group_protocol, producer, producing
 local       local_stack, local_servers, apache_kafka, processes, process_guard

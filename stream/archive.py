@@ -7,7 +7,7 @@ object appears when its upload ends. Writing a range again overwrites it with th
 range with other borders, after a crash, leaves copies: reading counts each (source, offset) once,
 and compaction merges them away.
 
-It knows columns and names; it does not know Kafka (`trainer_app.py`) or labels (`labelling.py`).
+It knows columns and names; it does not know Kafka (`ingest.py`) or labels (`labelling.py`).
 One process at a time may change an archive (`lock`); any number may read.
 """
 
@@ -15,27 +15,30 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import re
 import secrets
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from model.windows import Bools
 from profiles.arithmetic import FORGET
 from profiles.schema import TYPE_CODE, key64, key_bytes
 
@@ -44,6 +47,10 @@ from .errors import UserError
 from .labelling import Archived
 from .lease import LEASE_S, Lease
 from .times import DAY_MS, HOUR_MS
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 SCHEMA: Final = pa.schema(
     [
@@ -69,7 +76,7 @@ SCHEMA: Final = pa.schema(
     metadata={"penchant.archive": "1"},
 )
 
-LEARNED: Final = tuple(SCHEMA.names[: SCHEMA.names.index("currency")])
+LEARNED: Final = ("source", "offset", "t_ms", "user", "type", "item", "event", "rating", "label")
 """The columns that training reads."""
 
 _ALL_DAY: Final = -1
@@ -82,8 +89,20 @@ _WRITERS: Final = 16
 _DAY_AT_ONCE_BYTES: Final = 32 * 1024 * 1024
 _CHUNK_ROWS: Final = 100_000
 _TEMP: Final = ".tmp-"
+# Whom to leave out of what partitions that are behind still bring; a hundred bytes or two each.
+_MOST_FORGOTTEN: Final = 100_000
+_REACHED: Final = "reached.json"
+_DAMAGED: Final = "damaged/"  # before the name of a segment that was set aside
 _NAME: Final = re.compile(
     r"day=(\d{4}-\d\d-\d\d)/h(\d\d|xx)-([0-9a-f]{16})-p(\d{4,})-(\d{20})-(\d{20})\.parquet"
+)
+# What pyarrow raises for bytes that are no segment.
+_UNREADABLE: Final = (
+    pa.ArrowInvalid,
+    pa.ArrowNotImplementedError,
+    OSError,
+    LookupError,
+    ValueError,
 )
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LEARNED: Final = pa.schema([SCHEMA.field(name) for name in LEARNED])
@@ -155,6 +174,9 @@ class Store(Protocol):
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
 
+    def move(self, name: str, to: str) -> None:
+        """Give a file another name, if it is there."""
+
     def lock(self) -> Callable[[], None]:
         """Be the only writer; the way to give that up. UserError if there is another."""
 
@@ -203,6 +225,11 @@ class Folder:
 
     def remove(self, name: str) -> None:
         (self._path / name).unlink(missing_ok=True)
+
+    def move(self, name: str, to: str) -> None:
+        (self._path / to).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            (self._path / name).rename(self._path / to)
 
     def lock(self) -> Callable[[], None]:
         self._path.mkdir(parents=True, exist_ok=True)
@@ -260,6 +287,11 @@ class ObjectStore:
         with suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{name}")
 
+    def move(self, name: str, to: str) -> None:
+        self._check()
+        with suppress(FileNotFoundError):
+            self._fs.mv(f"{self._root}/{name}", f"{self._root}/{to}")
+
     def lock(self) -> Callable[[], None]:
         lease = Lease(self._fs, f"{self._root}/.lock", self._lease_s)
         give_up = lease.take()
@@ -286,6 +318,55 @@ def open_store(url: str) -> Store:
     return Folder(Path(url[7:])) if url.startswith("file://") else ObjectStore(url)
 
 
+# --- who is to be forgotten
+
+
+@dataclass(frozen=True)
+class Command:
+    """To forget a user, where it stood in the topic. It erases what came before it there, and in
+    partitions without such a command, which may be far behind, what is not of a later time."""
+
+    source: int
+    offset: int
+    event: int  # key of its event id; 0: none, or not kept
+    until_ms: int  # the latest event time that it erases in other partitions; 0: not kept
+
+    def receipt(self, user: str) -> str:
+        """The name of the file that says that it was carried out."""
+        at = f"{self.source:016x}-{self.offset:020d}"
+        return f"receipts/{hashed(user)}-{at}-{self.event:016x}-{self.until_ms:015d}.json"
+
+
+_RECEIPT: Final = re.compile(r"receipts/([0-9a-f]{16})-([0-9a-f]{16})-(\d{20})(.*)\.json")
+_RECEIPT_MORE: Final = re.compile(r"-([0-9a-f]{16})-(\d{15})")  # younger receipts have it
+
+
+def hashed(user: str) -> str:
+    """What receipts call somebody who was forgotten."""
+    return hashlib.sha256(user.encode()).hexdigest()[:16]
+
+
+def _erased(table: pa.Table, commands: Mapping[str, Sequence[Command]]) -> Bools:
+    """(m,) the rows that commands (hash of a user -> commands) erase."""
+    gone = np.zeros(len(table), np.bool_)
+    if not commands or not len(table):
+        return gone
+    user = table["user"].combine_chunks().dictionary_encode()
+    code = user.indices.to_numpy()
+    source, offset, t_ms = (table[name].to_numpy() for name in ("source", "offset", "t_ms"))
+    for i, name in enumerate(user.dictionary.to_pylist()):
+        of_user = commands.get(hashed(name), ())
+        if not of_user:
+            continue
+        rows = np.flatnonzero(code == i)
+        gone[rows] = t_ms[rows] <= max(command.until_ms for command in of_user)
+        # In order, so that of several commands in a partition the last has the say.
+        for command in sorted(of_user, key=lambda c: c.offset):
+            here = rows[source[rows] == np.uint64(command.source)]
+            gone[here] = offset[here] < command.offset
+    return gone
+
+
 # --- events -> columns
 
 
@@ -298,24 +379,31 @@ class Pending:
     first: int
     next: int
     tables: list[pa.Table] = field(default_factory=list)
-    forgets: dict[str, int] = field(default_factory=dict)  # user -> offset of the newest command
-    forget_events: dict[str, int] = field(default_factory=dict)  # user -> key of its event id
+    commands: dict[str, Command] = field(default_factory=dict)  # user -> the newest to forget them
 
-    def add(self, offsets: Sequence[int], batch: Sequence[ev.Event], next_offset: int) -> None:
-        """Take m validated events with their offsets, and note commands to forget."""
-        for offset, event in zip(offsets, batch, strict=True):
+    def add(
+        self,
+        offsets: Sequence[int],
+        batch: Sequence[ev.Event],
+        next_offset: int,
+        until_ms: Sequence[int] | None = None,
+    ) -> None:
+        """Take m validated events with their offsets, and note commands to forget. until_ms: the
+        latest time of an event that was sent when each of these was; without: its own."""
+        latest_ms = [event.ts for event in batch] if until_ms is None else until_ms
+        for offset, event, at_ms in zip(offsets, batch, latest_ms, strict=True):
             if event.type == "forget":
-                self.forgets[event.user_id] = offset
                 key = key64(event.event_id) if event.event_id is not None else 0
-                self.forget_events[event.user_id] = key
+                before = self.commands.get(event.user_id)
+                at_ms = max(at_ms, before.until_ms if before else at_ms)
+                self.commands[event.user_id] = Command(self.source, offset, key, at_ms)
         self.tables.append(columns(self.source, offsets, batch))
         self.next = next_offset
 
-    def table(self) -> pa.Table:
-        """What is to be written: all but commands, and what they erase."""
+    def table(self, commands: Mapping[str, Sequence[Command]]) -> pa.Table:
+        """What is to be written: all but commands to forget, and what they erase."""
         table = pa.concat_tables(self.tables)
-        table = table.filter(pc.not_equal(table["type"], FORGET))
-        return _without(table, self.source, self.forgets)
+        return table.filter(~(_erased(table, commands) | (table["type"].to_numpy() == FORGET)))
 
 
 def columns(source: int, offsets: Sequence[int], batch: Sequence[ev.Event]) -> pa.Table:
@@ -377,9 +465,8 @@ _EVENT_OF: Final = {_CODES[kind.model_fields["type"].default]: kind for kind in 
 
 def archived(tables: Iterable[pa.Table]) -> Archived:
     """Columns for labelling, users and items as codes."""
-    table = pa.concat_tables([_LEARNED.empty_table(), *(t.select(LEARNED) for t in tables)])
-    user = table["user"].combine_chunks().dictionary_encode()
-    item = table["item"].combine_chunks().dictionary_encode()
+    table = pa.concat_tables([_coded(_LEARNED.empty_table()), *map(_coded, tables)])
+    user, item = (table[name].combine_chunks() for name in ("user", "item"))
     item_ids = item.dictionary.to_pylist()
     item_code = item.indices.to_numpy().astype(np.int32)
     if "" in item_ids:
@@ -399,33 +486,26 @@ def archived(tables: Iterable[pa.Table]) -> Archived:
     )
 
 
-def _without(table: pa.Table, source: int, forgets: dict[str, int]) -> pa.Table:
-    """The rows that these commands, given in partition `source`, leave. In another partition
-    everything of the user goes: what came after the command cannot be told there."""
-    if not forgets:
-        return table
-    at = pc.index_in(table["user"], pa.array(list(forgets), pa.string()))
-    until = pc.take(pa.array(list(forgets.values()), pa.int64()), at)
-    same = pc.equal(table["source"], pa.scalar(source, pa.uint64()))
-    gone = pc.and_(pc.is_valid(at), pc.or_(pc.invert(same), pc.less(table["offset"], until)))
-    return table.filter(pc.invert(pc.fill_null(gone, False)))
+def _coded(table: pa.Table) -> pa.Table:
+    """What is learned from, names as codes: most of it would be the same names again and again."""
+    columns = [
+        table[name].dictionary_encode() if name in ("user", "item", "label") else table[name]
+        for name in LEARNED
+    ]
+    return pa.Table.from_arrays(columns, names=list(LEARNED))
 
 
 # --- the archive
 
 
-def hashed(user: str) -> str:
-    """What a receipt says of who was forgotten."""
-    return hashlib.sha256(user.encode()).hexdigest()
+class SegmentDamaged(UserError):
+    """What it holds is not what was written: set it aside, and go on with the others."""
 
-
-@dataclass(frozen=True)
-class Command:
-    """To forget a user, where it stood in the topic."""
-
-    source: int
-    offset: int
-    event: int  # key of its event id; 0: none, or not kept
+    def __init__(self, segment: Segment, why: str) -> None:
+        super().__init__(
+            f"{segment.name} in the archive is damaged ({why}): restore it from a copy, or its "
+            "events will be missing"
+        )
 
 
 @dataclass(frozen=True)
@@ -443,6 +523,8 @@ class Stats:
     sources: int
     small_segments: int
     receipts: int
+    damaged: tuple[str, ...]
+    """Names of segments that cannot be read, and of those that the trainer set aside as such."""
 
 
 class Archive:
@@ -453,6 +535,7 @@ class Archive:
         moves can be told from work that hangs."""
         self.store = store
         self._on_progress = on_progress
+        self._commands: dict[str, list[Command]] | None = None  # see `_remember`
 
     def lock(self) -> Callable[[], None]:
         """Be the only writer; returns the way to give that up. Raises UserError."""
@@ -469,10 +552,21 @@ class Archive:
 
     # --- writing
 
-    def write(self, pending: Pending) -> int:
-        """Put events into segments, and erase what their commands to forget name. All is durable
-        when this returns; the rows written. It may be repeated, with these or other borders."""
-        table = pending.table()
+    def write(self, *pendings: Pending) -> int:
+        """Put events into segments, and erase what their commands to forget name, in whichever
+        partition. All is durable when this returns; the rows written. It may be repeated, with
+        these or other borders."""
+        commands: dict[str, list[Command]] = defaultdict(list)
+        for pending in pendings:
+            for user, command in pending.commands.items():
+                commands[user].append(command)
+        remembered = self._remember(commands)
+        rows = sum(self._put(pending, pending.table(remembered)) for pending in pendings)
+        if commands:
+            self.forget(commands)
+        return rows
+
+    def _put(self, pending: Pending, table: pa.Table) -> int:
         hours = pc.divide(table["t_ms"], HOUR_MS).to_numpy()
         found = np.unique(hours)
         unit = 1 if len(found) <= _MOST_HOURS else 24
@@ -493,54 +587,66 @@ class Archive:
             )
             files[segment.name] = _parquet(table.slice(begin, end - begin))
         self._write(files)
-        if pending.forgets:
-            self.forget(pending.source, pending.forgets, pending.forget_events)
         return len(table)
 
-    def forget(
-        self, source: int, forgets: dict[str, int], events: Mapping[str, int] | None = None
-    ) -> int:
-        """Erase users' rows that came before their commands (user -> offset in `source`), and
-        leave a receipt of each that names the user by a hash. `events`: user -> key of the
-        command's event id. Rows erased."""
-        removed: dict[str, int] = dict.fromkeys(forgets, 0)
-        users = pa.array(list(forgets), pa.string())
+    def _remember(self, commands: Mapping[str, Sequence[Command]]) -> dict[str, list[Command]]:
+        """The newest commands, these and those carried out before: hash of a user -> commands. A
+        partition that is behind brings what they erase later."""
+        if self._commands is None:
+            found = self.forgotten().items()
+            self._commands = dict(sorted(found, key=lambda x: max(c.until_ms for c in x[1])))
+        for user, of_user in commands.items():
+            known = self._commands.pop(hashed(user), [])
+            self._commands[hashed(user)] = list(dict.fromkeys([*known, *of_user]))
+        while len(self._commands) > _MOST_FORGOTTEN:
+            del self._commands[next(iter(self._commands))]
+        return self._commands
+
+    def forget(self, commands: Mapping[str, Sequence[Command]]) -> int:
+        """Erase what was written of users before commands to forget them (user -> commands), and
+        leave a receipt of each that names the user by a hash. Rows erased."""
+        removed: dict[str, int] = dict.fromkeys(commands, 0)
+        users = pa.array(list(commands), pa.string())
+        remembered = self._remember(commands)
+        of_hash = {hashed(u): remembered.get(hashed(u), of_user) for u, of_user in commands.items()}
         for segment in self.segments():
-            known = self._load(segment, ["user"])
-            if not pc.any(pc.is_in(known["user"], users)).as_py():
+            try:
+                known = self._load(segment, ["user"])
+                if not pc.any(pc.is_in(known["user"], users)).as_py():
+                    continue
+                table = self._load(segment)
+            except SegmentDamaged as error:
+                self._set_aside(segment, error)
                 continue
-            table = self._load(segment)
-            left = _without(table, source, forgets)
-            if len(left) == len(table):
+            gone = _erased(table, of_hash)
+            if not gone.any():
                 continue
-            for user in forgets:
-                before, after = (_count(t, user) for t in (table, left))
-                removed[user] += before - after
-            if len(left):
-                self._write({segment.name: _parquet(left)})
-            else:
+            for user, count in Counter(table["user"].filter(gone).to_pylist()).items():
+                removed[user] += count
+            if gone.all():
                 self.store.remove(segment.name)
+            else:
+                self._write({segment.name: _parquet(table.filter(~gone))})
         present = self.store.sizes()
-        for user, offset in forgets.items():
-            name = hashed(user)
-            path = f"receipts/{name[:16]}-{source:016x}-{offset:020d}.json"
-            # A repeat after a crash finds fewer rows, perhaps none: the first receipt stands.
-            if removed[user] or path not in present:
-                receipt = {
-                    "user_sha256": name,
-                    "source": f"{source:016x}",
-                    "offset": offset,
-                    "event": f"{(events or {}).get(user, 0):016x}",
-                    "rows": removed[user],
-                }
-                self._write({path: json.dumps(receipt).encode()})
+        for user, of_user in commands.items():
+            for command in of_user:
+                # A repeat after a crash finds fewer rows, perhaps none: the first receipt stands.
+                if removed[user] or command.receipt(user) not in present:
+                    receipt = {"user": hashed(user), **asdict(command), "rows": removed[user]}
+                    self._write({command.receipt(user): json.dumps(receipt).encode()})
         return sum(removed.values())
 
+    def note_reached(self, reached_ms: Mapping[int, int]) -> None:
+        """Put down up to which event time each of today's partitions (by source) is all here."""
+        told = {f"{source:016x}": t_ms for source, t_ms in sorted(reached_ms.items())}
+        self._write({_REACHED: json.dumps(told).encode()})
+
     def compact(self, most: int = sys.maxsize) -> int:
-        """Merge small segments: those of one hour and partition, and all of a day and partition
-        if they are few bytes together. What is left per partition is then a segment for a past day
-        with few events, 24 small ones for another, and large ones. At most about `most` segments
-        are read in one call, for callers that have other work. Segments saved; 0: nothing to do."""
+        """Merge small segments: those of one hour and partition, and all of a day and partition if
+        they are few bytes together; damaged ones are set aside. What is left per partition is then
+        a segment for a past day with few events, 24 small ones for another, and large ones. At
+        most about `most` segments are read in one call, for callers that have other work. Segments
+        saved; 0: nothing to do."""
         by_day: dict[tuple[int, int, int], dict[Segment, int]] = defaultdict(dict)
         present = self.segments()
         for segment, size in present.items():
@@ -560,13 +666,14 @@ class Archive:
             saved += sum(self._merge(parts, hour, present) for hour, parts in by_hour.items())
         return saved
 
-    def expire(self, retention_ms: int, max_bytes: int) -> int:
+    def expire(self, retention_ms: int, max_bytes: int, latest_ms: int = ev.MAX_TS_MS) -> int:
         """Remove segments that ended so long before the newest event time, and then the oldest
-        until the rest fits. Segments removed. Age is event time: a replay of 1998 is not old."""
+        until the rest fits. Segments removed. Age is event time: a replay of 1998 is not old. An
+        event later than `latest_ms` is of a wrong clock, and makes no other one old."""
         sizes = self.segments()
         if not sizes:
             return 0
-        newest_ms = max(segment.end_ms for segment in sizes)
+        newest_ms = min(max(segment.end_ms for segment in sizes), latest_ms)
         total, removed = sum(sizes.values()), 0
         for segment, size in sizes.items():
             if segment.end_ms > newest_ms - retention_ms and total <= max_bytes:
@@ -574,6 +681,9 @@ class Archive:
             self.store.remove(segment.name)
             total -= size
             removed += 1
+        for name, segment in self.set_aside().items():
+            if segment.end_ms <= newest_ms - retention_ms:
+                self.store.remove(name)
         return removed
 
     def _merge(self, segments: list[Segment], hour: int, present: Container[Segment]) -> int:
@@ -582,13 +692,25 @@ class Archive:
         first, next_ = min(s.first for s in segments), max(s.next for s in segments)
         merged = replace(segments[0], hour=hour, first=first, next=next_)
         # A large segment may have the name already, and hold what lies between the small ones.
-        parts = dict.fromkeys([*segments, *([merged] if merged in present else [])])
-        self._write({merged.name: _parquet(_once(self._all(parts)))})
-        # A crash before the next line leaves copies, which reading and the next merge see through.
+        parts = list(dict.fromkeys([*segments, *([merged] if merged in present else [])]))
+        tables = {}
         for segment in parts:
+            try:
+                tables[segment] = self._load(segment)
+            except SegmentDamaged as error:
+                self._set_aside(segment, error)
+        if len(tables) < 2:
+            return len(parts) - len(tables)
+        self._write({merged.name: _parquet(_once(pa.concat_tables(tables.values())))})
+        # A crash before the next line leaves copies, which reading and the next merge see through.
+        for segment in tables:
             if segment != merged:
                 self.store.remove(segment.name)
         return len(parts) - 1
+
+    def _set_aside(self, segment: Segment, why: SegmentDamaged) -> None:
+        log.error("%s. It is kept as %s%s", why, _DAMAGED, segment.name)
+        self.store.move(segment.name, _DAMAGED + segment.name)
 
     def _write(self, files: Mapping[str, Any]) -> None:
         self._on_progress()
@@ -602,24 +724,55 @@ class Archive:
 
     # --- reading
 
+    def set_aside(self) -> dict[str, Segment]:
+        """Damaged files that the trainer gave other names: name -> the segment it was."""
+        return {
+            name: segment
+            for name in self.store.sizes()
+            if name.startswith(_DAMAGED)
+            and (segment := parse_name(name.removeprefix(_DAMAGED))) is not None
+        }
+
+    def reached(self) -> dict[int, int]:
+        """What `note_reached` put down last; nothing where it never did."""
+        try:
+            with self.store.read(_REACHED) as file:
+                told = json.loads(file.read())
+            return {int(source, 16): int(t_ms) for source, t_ms in told.items()}
+        except FileNotFoundError:
+            return {}
+        except (AttributeError, TypeError, ValueError):
+            log.warning("%s in the archive is damaged: labels wait a little longer", _REACHED)
+            return {}
+
     def forgotten(self) -> dict[str, list[Command]]:
         """Hash of a user (see `hashed`) -> commands to forget them that were carried out."""
         found: dict[str, list[Command]] = defaultdict(list)
         for name in self.store.sizes():
-            if name.startswith("receipts/"):
-                with suppress(FileNotFoundError), self.store.read(name) as file:
-                    told = json.loads(file.read())
-                    command = Command(
-                        int(told["source"], 16), told["offset"], int(told.get("event", "0"), 16)
-                    )
-                    found[told["user_sha256"]].append(command)
+            if (receipt := _RECEIPT.fullmatch(name)) is None:
+                continue
+            user, source, offset, more = receipt.groups()
+            event, until_ms = 0, 0
+            if (told := _RECEIPT_MORE.fullmatch(more)) is not None:
+                event, until_ms = int(told[1], 16), int(told[2])
+            else:
+                with suppress(FileNotFoundError, ValueError), self.store.read(name) as file:
+                    event = int(json.loads(file.read()).get("event", "0"), 16)
+            found[user].append(Command(int(source, 16), int(offset), event, until_ms))
         return dict(found)
 
     def read(
-        self, start_ms: int = 0, end_ms: int = ev.MAX_TS_MS + 1, chunk_rows: int = _CHUNK_ROWS
+        self,
+        start_ms: int = 0,
+        end_ms: int = ev.MAX_TS_MS + 1,
+        chunk_rows: int = _CHUNK_ROWS,
+        columns: Sequence[str] = tuple(SCHEMA.names),
     ) -> Iterator[pa.Table]:
-        """Events of a time range in event-time order, each once, in tables of SCHEMA of
-        `chunk_rows` or more (the last may hold fewer). Never a table without rows."""
+        """Events of a time range in event-time order, each once, in tables of these columns of
+        SCHEMA (source, offset, t_ms and user among them) of `chunk_rows` or more (the last may hold
+        fewer). Never a table without rows. A damaged segment is named in the log and passed over;
+        what receipts say is erased, though it came back with a copy of a segment, is left out."""
+        commands = self.forgotten()
         waiting: list[pa.Table] = []
         rows = 0
         by_day: dict[int, dict[Segment, int]] = defaultdict(dict)
@@ -627,9 +780,10 @@ class Archive:
             if segment.start_ms < end_ms and segment.end_ms > start_ms:
                 by_day[segment.day][segment] = size
         for day, sizes in sorted(by_day.items()):
-            for table in self._hours(day, sizes):
-                t = table["t_ms"]
-                wanted = table.filter(pc.and_(pc.greater_equal(t, start_ms), pc.less(t, end_ms)))
+            for table in self._hours(day, sizes, columns):
+                t = table["t_ms"].to_numpy()
+                gone = _erased(table, commands)
+                wanted = table.filter((t >= start_ms) & (t < end_ms) & ~gone)
                 if len(wanted):
                     waiting.append(wanted)
                     rows += len(wanted)
@@ -639,32 +793,43 @@ class Archive:
         if waiting:
             yield pa.concat_tables(waiting)
 
+    def rows(self) -> dict[Segment, int | None]:
+        """How many rows each segment holds, by its foot; None if it is damaged."""
+        found: dict[Segment, int | None] = {}
+        for segment in self.segments():
+            with suppress(FileNotFoundError):
+                try:
+                    found[segment] = self._read(segment, lambda f: pq.read_metadata(f).num_rows)
+                except SegmentDamaged:
+                    found[segment] = None
+        return found
+
     def stats(self) -> Stats:
         """What is there. Reads the foot of each segment."""
-        sizes = self.segments()
-        rows = 0
-        for segment in sizes:
-            with suppress(FileNotFoundError), self.store.read(segment.name) as file:
-                rows += pq.read_metadata(file).num_rows
+        sizes, rows = self.segments(), self.rows()
+        damaged = [*self.set_aside(), *(s.name for s, count in rows.items() if count is None)]
         names = self.store.sizes()
         return Stats(
             segments=len(sizes),
             size_bytes=sum(sizes.values()),
-            rows=rows,
+            rows=sum(count or 0 for count in rows.values()),
             first_ms=min((s.start_ms for s in sizes), default=None),
             end_ms=max((s.end_ms for s in sizes), default=None),
             days=len({s.day for s in sizes}),
             sources=len({s.source for s in sizes}),
             small_segments=sum(size <= _SMALL_BYTES for size in sizes.values()),
             receipts=sum(name.startswith("receipts/") for name in names),
+            damaged=tuple(damaged),
         )
 
-    def _hours(self, day: int, sizes: dict[Segment, int]) -> Iterator[pa.Table]:
+    def _hours(
+        self, day: int, sizes: dict[Segment, int], columns: Sequence[str]
+    ) -> Iterator[pa.Table]:
         """The day's events, at once or hour by hour. What changes meanwhile is looked up anew."""
         next_hour = 0
         while True:
             try:
-                for hour, table in self._hours_of(day, sizes, next_hour):
+                for hour, table in self._hours_of(day, sizes, next_hour, columns):
                     yield table
                     next_hour = hour + 1
                 return
@@ -678,52 +843,89 @@ class Archive:
                     ) from error
 
     def _hours_of(
-        self, day: int, sizes: dict[Segment, int], first_hour: int
+        self, day: int, sizes: dict[Segment, int], first_hour: int, columns: Sequence[str]
     ) -> Iterator[tuple[int, pa.Table]]:
         if first_hour == 0 and sum(sizes.values()) <= _DAY_AT_ONCE_BYTES:
-            yield 23, _once(self._all(sizes))
+            yield 23, _once(self._all(sizes, columns))
             return
         by_hour: dict[int, list[Segment]] = defaultdict(list)
         for segment in sizes:
             by_hour[segment.hour].append(segment)
-        whole = self._all(by_hour.pop(_ALL_DAY, []))
+        whole = self._all(by_hour.pop(_ALL_DAY, []), columns)
         at = pc.divide(pc.subtract(whole["t_ms"], day * DAY_MS), HOUR_MS)
         for hour in sorted(by_hour.keys() | set(pc.unique(at).to_pylist())):
             if hour >= first_hour:
-                parts = [whole.filter(pc.equal(at, hour)), self._all(by_hour.get(hour, []))]
+                others = self._all(by_hour.get(hour, []), columns)
+                parts = [whole.filter(pc.equal(at, hour)), others]
                 yield hour, _once(pa.concat_tables(parts))
 
-    def _all(self, segments: Iterable[Segment]) -> pa.Table:
-        """FileNotFoundError if one is gone."""
-        return pa.concat_tables([SCHEMA.empty_table(), *(self._load(s) for s in segments)])
+    def _all(self, segments: Iterable[Segment], columns: Sequence[str]) -> pa.Table:
+        """All but damaged ones. FileNotFoundError if one is gone."""
+        tables = [SCHEMA.empty_table().select(columns)]
+        for segment in segments:
+            try:
+                tables.append(self._load(segment, columns))
+            except SegmentDamaged as error:
+                log.warning("%s", error)
+        return pa.concat_tables(tables)
 
-    def _load(self, segment: Segment, names: list[str] | None = None) -> pa.Table:
+    def _load(self, segment: Segment, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
+        def table(file: Any) -> pa.Table:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            there = [name for name in columns if name in parquet.schema_arrow.names]
+            return _complete(parquet.read(there), columns)
+
         self._on_progress()
+        return self._read(segment, table)
+
+    def _read(self, segment: Segment, parse: Callable[[Any], T]) -> T:
+        """What a segment holds. SegmentDamaged; UserError where the storage fails;
+        FileNotFoundError if it is gone."""
         try:
             with self.store.read(segment.name) as file:
-                table = pq.read_table(file, columns=names)
-            return table if names else _complete(table)
-        except pa.ArrowInvalid as error:
+                return parse(file)
+        except FileNotFoundError:
+            raise
+        except _UNREADABLE:
+            # Arrow says OSError of both: the storage, and what is stored. So each by itself.
+            data = self._bytes(segment)
+        try:
+            return parse(io.BytesIO(data))
+        except _UNREADABLE as error:
+            raise SegmentDamaged(segment, str(error)) from error
+
+    def _bytes(self, segment: Segment) -> bytes:
+        try:
+            with self.store.read(segment.name) as file:
+                found: bytes = file.read()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
             raise UserError(
-                f"{segment.name} in the archive cannot be read ({error}): restore it or delete it"
+                f"{segment.name} in the archive cannot be read ({error.strerror or error}): mend "
+                "ARCHIVE_URL's storage"
             ) from error
+        return found
 
 
-def _complete(table: pa.Table) -> pa.Table:
+def _complete(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     """A segment in today's columns: no label was given where it is too old to have any, and what
     else it lacks is null."""
-    if "label" not in table.column_names:
-        table = table.append_column("label", pa.array([""] * len(table), pa.string()))
-    for column in SCHEMA:
+    schema = pa.schema([SCHEMA.field(name) for name in columns], SCHEMA.metadata)
+    for column in schema:
         if column.name not in table.column_names:
-            table = table.append_column(column, pa.nulls(len(table), column.type))
-    return table.select(SCHEMA.names).cast(SCHEMA)
+            none = [""] * len(table) if column.name == "label" else [None] * len(table)
+            table = table.append_column(column, pa.array(none, column.type))
+    return table.select(columns).cast(schema)
 
 
 def _parquet(table: pa.Table) -> Any:
     sink = pa.BufferOutputStream()
     dictionaries = ["user", "item", "source", "type", "label", "currency", "title", "brand"]
-    pq.write_table(table, sink, compression="zstd", use_dictionary=dictionaries)
+    # Without checksums most changed bits would come out as other events.
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=dictionaries, write_page_checksum=True
+    )
     return sink.getvalue()
 
 
@@ -735,7 +937,3 @@ def _once(table: pa.Table) -> pa.Table:
     new = np.ones(len(order), np.bool_)
     new[1:] = (s[1:] != s[:-1]) | (o[1:] != o[:-1])
     return table.take(order[new])
-
-
-def _count(table: pa.Table, user: str) -> int:
-    return int(pc.sum(pc.equal(table["user"], user)).as_py() or 0)

@@ -5,6 +5,7 @@ Knows one question at a time, and what was answered last. One thread at a time.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -23,7 +24,10 @@ class AskedOffsets:
         self._admin = admin
         self._kind = kind
         self._asked: dict[Any, Future[Any]] = {}
+        self._asked_s = 0.0
         self._known: dict[TopicPartition, int] = {}
+        self.known_s: dict[TopicPartition, float] = {}
+        """When (monotonic) what is known of a partition was asked."""
 
     def look(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         """What was answered by now; what is asked now is answered the next time. A partition that
@@ -32,7 +36,9 @@ class AskedOffsets:
             for place, answer in self._asked.items():
                 if answer.exception() is None:
                     self._known[(place.topic, place.partition)] = answer.result().offset
+                    self.known_s[(place.topic, place.partition)] = self._asked_s
             self._known = {p: at for p, at in self._known.items() if p in partitions}
+            self._asked_s = time.monotonic()
             self._asked = self._ask(partitions)
         return self._known
 

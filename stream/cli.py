@@ -321,6 +321,8 @@ def archive_stats(
     if as_json:
         print(json.dumps({"url": url, **asdict(stats)}))
         return
+    for name in stats.damaged:
+        console.print(f"damaged: {plain(name)}", highlight=False, soft_wrap=True)
     if stats.first_ms is None or stats.end_ms is None:
         console.print(f"{url} holds no events", highlight=False, soft_wrap=True)
         return

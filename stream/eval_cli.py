@@ -10,15 +10,21 @@ from typing import Annotated
 import typer
 
 from .errors import UserError
+from .feeding_cli import Columns, EventType, UtcOffset
 from .settings import Settings
 from .terminal import console, progresses
 
 
 def evaluate(
-    dataset: Annotated[str, typer.Argument(help="movielens, online-retail, rees46 or amazon.")],
+    dataset: Annotated[
+        str, typer.Argument(help="movielens, online-retail, rees46, amazon, csv or parquet.")
+    ],
     path: Annotated[
         list[Path] | None, typer.Option(help="File of the data set; movielens needs none.")
     ] = None,
+    columns: Columns = "",
+    event_type: EventType = "",
+    utc_offset: UtcOffset = "",
     text: Annotated[bool, typer.Option(help="With the baselines that need the encoder.")] = True,
     learn: Annotated[
         bool, typer.Option("--learn", help="With the whole profile, as it learns.")
@@ -29,6 +35,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """How well shoppers' next items are foreseen on a recorded set, with intervals."""
+    from .datasets import parse_mapping
     from .evaluation import evaluate as evaluated
     from .evaluation_data import encoded, loaded
     from .evaluation_view import as_json as for_programs
@@ -37,7 +44,12 @@ def evaluate(
     if learn and not text:
         raise UserError("--learn needs the encoder: leave --no-text out")
     settings = Settings()
-    data = loaded(dataset, path)
+    if plot is not None:
+        from .evaluation_plot import make_sure
+
+        make_sure(plot)
+    mapping = parse_mapping(columns) if columns else None
+    data = loaded(dataset, path, mapping, event_type=event_type, utc_offset=utc_offset)
     if plot is not None and data.only_order:
         raise UserError(f"--plot needs a set with real times, and {dataset} has only an order")
     folder = settings.stream.data_dir / "evaluation" / "learned"
@@ -48,13 +60,13 @@ def evaluate(
             told = report("encoding the catalogue")
             texts = encoded(data.texts, settings.model, settings.stream.data_dir, told)
         found = evaluated(data, texts, {}, folder if learn else None, progress=report)
-    if plot is not None:
-        from .evaluation_plot import draw
-
-        draw(found, plot)
     if as_json:
         print(json.dumps(for_programs(found), ensure_ascii=False))
     elif console.is_terminal:
         console.print(render(found))
     else:
         print(plain(found))
+    if plot is not None:
+        from .evaluation_plot import draw
+
+        draw(found, plot)

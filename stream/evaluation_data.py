@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,9 +55,19 @@ class Recorded:
         return EVENT_TYPES
 
 
-def loaded(dataset: str, path: Sequence[Path] | None) -> Recorded:
-    """A set by the name it has on the command line. Raises what `datasets.load` raises."""
-    data = recorded(load(dataset, path))
+def loaded(
+    dataset: str,
+    path: Sequence[Path] | None,
+    mapping: Mapping[str, str] | None = None,
+    *,
+    event_type: str = "",
+    utc_offset: str = "",
+) -> Recorded:
+    """A set by the name it has on the command line, as `datasets.load` reads it and with its
+    errors."""
+    data = recorded(
+        load(dataset, path, mapping, event_type=event_type or None, utc_offset=utc_offset or None)
+    )
     if dataset != "amazon":
         return data
     name = path[0].stem.removesuffix("_events") if path else dataset
@@ -116,7 +126,7 @@ def windows_of(data: Recorded, events: Events, user_events: int = 2_000) -> Labe
     rows = {item_id: row for row, item_id in enumerate(data.item_ids)}
     now_ms = int(events.t_ms.max(initial=0))
     rules = Rules(weights, user_events=user_events)
-    return label(archived, rows, EVENT_TYPES, rules, now_ms)
+    return label(archived, rows, EVENT_TYPES, rules, {0: now_ms})
 
 
 @dataclass(frozen=True)

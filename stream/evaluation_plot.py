@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,14 +18,26 @@ _LINES: Final = (
 )  # fmt: skip
 
 
+def make_sure(file: Path) -> None:
+    """Raises UserError where `draw` would: an evaluation takes hours, and the plot comes last."""
+    if find_spec("matplotlib") is None:
+        raise UserError("plots need matplotlib: install the extra `learn`")
+    there = file.exists()
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    if not there:
+        file.unlink()
+
+
 def draw(report: Report, file: Path) -> None:
     """Write a PNG. Raises UserError without matplotlib, or where `file` cannot be written."""
-    try:
-        from matplotlib import dates
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plots need matplotlib: install the extra `learn`") from error
+    make_sure(file)
+    from matplotlib import dates
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     timeline = report.timeline
     if timeline is None:
         raise UserError(f"{report.dataset} was not ranked in event time: there is nothing to draw")
@@ -51,6 +64,6 @@ def draw(report: Report, file: Path) -> None:
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8)  # on the lines it would hide some
     try:
-        figure.savefig(file, metadata={"Software": "penchant eval"})
+        figure.savefig(file, format="png", metadata={"Software": "penchant eval"})
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error

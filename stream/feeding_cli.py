@@ -22,6 +22,18 @@ if TYPE_CHECKING:
     from .simulation import Simulated
 
 
+# How to read somebody's own file; wherever a data set is named.
+Columns = Annotated[
+    str, typer.Option(help="For csv and parquet: user_id=cust,item_id=sku,ts=when,title=name")
+]
+EventType = Annotated[
+    str, typer.Option("--type", help="For csv and parquet: the type of every row.")
+]
+UtcOffset = Annotated[
+    str, typer.Option(help="For csv and parquet: offset of times without one, as +02:00.")
+]
+
+
 def produce(
     file: Annotated[
         str, typer.Argument(help="JSON lines, one event each; - reads standard input.")
@@ -59,15 +71,9 @@ def replay(
     path: Annotated[
         list[Path] | None, typer.Option(help="File of the data set; movielens needs none.")
     ] = None,
-    columns: Annotated[
-        str, typer.Option(help="For csv and parquet: user_id=cust,item_id=sku,ts=when,title=name")
-    ] = "",
-    event_type: Annotated[
-        str, typer.Option("--type", help="For csv and parquet: the type of every row.")
-    ] = "",
-    utc_offset: Annotated[
-        str, typer.Option(help="For csv and parquet: offset of times without one, as +02:00.")
-    ] = "",
+    columns: Columns = "",
+    event_type: EventType = "",
+    utc_offset: UtcOffset = "",
     speed: Annotated[
         float, typer.Option(help="Times faster than it happened; 0: as fast as it goes.")
     ] = 3600.0,
@@ -195,11 +201,11 @@ def simulate(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"no such shop: {error}") from error
+    plan = Plan(speed=speed, rate=rate, limit=limit, origin_ms=opens_ms if live else None)
     shop = Shop(spec)
     with TruthFile(truth, shop) if truth else nullcontext() as file:
         simulated = Simulated(shop, file.add if file else None)
         if kafka:
-            plan = Plan(speed=speed, rate=rate, limit=limit, origin_ms=opens_ms if live else None)
             _send_simulated(simulated, plan)
         else:
             _write_simulated(simulated, out, only, limit)

@@ -168,6 +168,7 @@ class Intake(Service):  # type: ignore[misc]
         self._admin = AdminClient(client_config(settings))
         self._begins = AskedOffsets(self._admin, OffsetSpec.earliest())
         self._ends = AskedOffsets(self._admin, OffsetSpec.latest())
+        self._at_end_s: dict[int, float] = {}
         self._next_look_s = 0.0
         self._protocol = ""
         self._topic_ids: dict[str, str | None] = {}
@@ -244,6 +245,11 @@ class Intake(Service):  # type: ignore[misc]
         """Partitions held now."""
         with self._changed:
             return len(self._epochs)
+
+    def at_end_s(self) -> dict[int, float]:
+        """Source -> when (monotonic) all that its partition held was finished, if it ever was."""
+        with self._changed:
+            return dict(self._at_end_s)
 
     def draining(self) -> bool:
         """The consumer waits for what was begun: it stops, or gives partitions back."""
@@ -736,7 +742,11 @@ class Intake(Service):  # type: ignore[misc]
                 # Tansu takes its latest batch for one record. What was fetched knows better, but
                 # stands still while nothing is.
                 seen = consumer.get_watermark_offsets(kafka.TopicPartition(*place), cached=True)[1]
-                lag += max(0, ends.get(place, 0) - at, seen - at)
+                behind = max(0, ends.get(place, 0) - at, seen - at)
+                lag += behind
+                if behind == 0 and place in ends:
+                    with self._changed:
+                        self._at_end_s[self._source_of(place)] = self._ends.known_s[place]
         self._gauges.lag.set(lag)
 
 

@@ -10,8 +10,9 @@ too, with the label that arrived last.
 
 No label looks back: it is made of events of later instants than the one that ends the window, and
 the window of events up to that one. The lines of an invoice share their instant: none of them is
-what follows another. A label whose horizon has not passed at `now_ms` is held back, also where
-its answer is known already: otherwise the newest windows would be positive or absent.
+what follows another. A label whose horizon has not passed, by what is here of its shopper's own
+partitions, is held back, also where its answer is known already: otherwise the newest windows
+would be positive or absent.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from model.windows import (
     Labelled,
     Types,
 )
-from profiles.arithmetic import FORGET
 from profiles.schema import key64
 
 from .times import DAY_MS
@@ -53,7 +53,7 @@ class Archived:
     item_ids: list[str]  # names of the codes in `item`
     user: Int32s  # (n,)
     item: Int32s  # (n,) -1 = none
-    type: Types  # (n,) index into the event types, or FORGET
+    type: Types  # (n,) index into the event types
     t_ms: Ints  # (n,) event time
     event: Keys64  # (n,) key of the event id, 0 = none
     rating: Floats  # (n,) NaN = none
@@ -99,17 +99,20 @@ def label(
     catalogue: Mapping[str, int],
     types: Sequence[str],
     rules: Rules,
-    now_ms: int,
+    reached_ms: Mapping[int, int],
 ) -> Labelled:
-    """Windows of all users. `catalogue`: item id -> row; `now_ms`: the archive's latest event time.
+    """Windows of all users. `catalogue`: item id -> row; `reached_ms`: source -> the event time up
+    to which all that happened there is here, for the partitions that the topic has today. A
+    shopper's horizons pass with the partitions that they were met in, those of a shopper who was
+    met in none of today's with all of them.
 
     Events of unknown items keep their place in the window with item -1, and are no next item.
     """
     e = _take(events, _once(events.source, events.offset))
-    e = _take(e, np.flatnonzero(~_forgotten(e)))
     user = _ranks(e.users)[e.user] if len(e) else e.user
     order = np.lexsort((e.offset, e.source, e.t_ms, user))
     e, user = _take(e, order), user[order]
+    until_ms = _until_ms(user, e.source, reached_ms)
     e = replace(e, label=_latest_labels(user, e))
     fresh = np.flatnonzero(_is_first_of_its_id(user, e.event))
     e, user = _take(e, fresh), user[fresh]
@@ -126,6 +129,7 @@ def label(
     item = rows[e.item]  # code -1 is the last row: no item
 
     last = _last_of_instant(user, e.t_ms)
+    now_ms = until_ms[user]
     # What the shop shows is no act of the shopper's.
     acts = e.type != types.index("impression")
     columns: dict[str, Any] = {
@@ -166,27 +170,6 @@ def _once(source: Keys64, offset: Ints) -> NDArray[np.intp]:
     new[1:] = (s[1:] != s[:-1]) | (o[1:] != o[:-1])
     once: NDArray[np.intp] = order[new]
     return once
-
-
-def _forgotten(e: Archived) -> Bools:
-    """Commands to forget, and what they erase: what came before in their partition; and in
-    partitions where the user has no such command, what is not newer by event time."""
-    command = e.type == FORGET
-    gone: Bools = command.copy()
-    if not command.any():
-        return gone
-    latest_ms = np.full(len(e.users), np.iinfo(np.int64).min)
-    np.maximum.at(latest_ms, e.user[command], e.t_ms[command])
-    sources, source = np.unique(e.source, return_inverse=True)
-    place = e.user.astype(np.int64) * len(sources) + source
-    places, last = np.unique(place[command], return_inverse=True)
-    until = np.full(len(places), -1, np.int64)
-    np.maximum.at(until, last, e.offset[command])
-    at = np.minimum(np.searchsorted(places, place), len(places) - 1)
-    here = places[at] == place
-    gone |= here & (e.offset < until[at])
-    gone |= ~here & (e.t_ms <= latest_ms[e.user])
-    return gone
 
 
 def _ranks(names: Sequence[str]) -> Int32s:
@@ -239,8 +222,19 @@ def _next(wanted: Bools, end: Ints) -> Ints:
     return nearest
 
 
+def _until_ms(user: Int32s, source: Keys64, reached_ms: Mapping[int, int]) -> Ints:
+    """(u,) up to when everything is known of each user."""
+    never = np.iinfo(np.int64).max
+    sources, at = np.unique(source, return_inverse=True)
+    of_source = np.array([reached_ms.get(s, never) for s in sources.tolist()], np.int64)
+    of_user = np.full(int(user.max(initial=-1)) + 1, never)
+    np.minimum.at(of_user, user, of_source[at])
+    of_user[of_user == never] = min(reached_ms.values(), default=0)
+    return of_user
+
+
 def _within(
-    wanted: Bools, t_ms: Ints, last: Ints, end: Ints, horizon_ms: int, now_ms: int
+    wanted: Bools, t_ms: Ints, last: Ints, end: Ints, horizon_ms: int, now_ms: Ints
 ) -> Int8s:
     """(n,) 1 where a wanted row of the same user follows within the horizon after this instant,
     whose last row is `last`, else 0; held back until a further event of that time can no longer be

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from typing import Any, Final
 from zipfile import BadZipFile
 
 import numpy as np
+import pyarrow as pa
 
 from model.catalogue_vectors import CatalogueVectors
 from model.errors import NothingToLearn
@@ -30,15 +32,17 @@ from model.text import text_version
 from model.windows import Labelled
 from profiles.arithmetic import Floats
 from profiles.items import ItemStore
-from profiles.schema import EVENT_TYPES
+from profiles.schema import EVENT_TYPES, key64
 
-from .archive import Archive, archived, open_store
+from .archive import LEARNED, Archive, archived, open_store
 from .catalogue import text_of
 from .contributions import event_weights
 from .features import features_of
-from .labelling import Rules, label
-from .settings import Settings
+from .labelling import Archived, Rules, label
+from .settings import LearnSettings, Settings
 from .times import DAY_MS
+
+log = logging.getLogger(__name__)
 
 _VERSION: Final = 1  # of the files below
 _MANIFEST: Final = "material.json"  # written last: where it is, the others are whole
@@ -93,12 +97,13 @@ def gather(
             return load(folder)
     shutil.rmtree(folder, ignore_errors=True)
     item_ids, texts, categories = _catalogue(items)
-    windows = labelled(settings, item_ids, archive)
+    windows = _nameless(labelled(settings, item_ids, archive, now))
+    folder.mkdir(parents=True)
+    _save_windows(windows, folder / _WINDOWS)
+    del windows  # and then they come from there
     features = features_of(
         parent, texts, settings.model, settings.stream.data_dir / "features", progress
     )
-    folder.mkdir(parents=True)
-    _save_windows(_nameless(windows), folder / _WINDOWS)
     np.save(folder / _FEATURES, features)
     _write_json(
         folder / _CATALOGUE, {"item_ids": item_ids, "texts": texts, "categories": categories}
@@ -118,9 +123,15 @@ def load(folder: Path) -> Material:
     )
 
 
-def labelled(settings: Settings, item_ids: Sequence[str], archive: Archive) -> Labelled:
-    """The archive's windows. Raises NothingToLearn where there are none."""
-    events = archived(archive.read())
+def labelled(
+    settings: Settings, item_ids: Sequence[str], archive: Archive, now: datetime
+) -> Labelled:
+    """The archive's windows, without events of wrong clocks, which `now` tells. Raises
+    NothingToLearn where there are none."""
+    end_ms = int((now.timestamp() + settings.stream.max_ahead_s) * 1000) + 1
+    part = _part(settings.learn, archive, end_ms, now.isoformat())
+    tables = archive.read(end_ms=end_ms, columns=LEARNED)
+    events = archived(map(part.of, tables))
     if not len(events):
         raise NothingToLearn(
             f"the archive {settings.archive.url} is empty: let `penchant trainer` fill it"
@@ -132,7 +143,62 @@ def labelled(settings: Settings, item_ids: Sequence[str], archive: Archive) -> L
         user_events=settings.archive.user_events,
     )
     rows = {item_id: row for row, item_id in enumerate(item_ids)}
-    return label(events, rows, EVENT_TYPES, rules, int(events.t_ms.max()))
+    return label(events, rows, EVENT_TYPES, rules, _reached_ms(events, archive))
+
+
+_OLDER_SHARE: Final = 0.25  # of what is read, kept for events that are older than the newest days
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some shoppers, by a hash, with all their newest events; of fewer the older ones, too. So
+    no label of what is taken lacks the events that it is made of."""
+
+    newest: float  # shares of the shoppers
+    older: float
+    from_ms: int  # where the newest days begin
+    drawn: str
+
+    def of(self, table: pa.Table) -> pa.Table:
+        """The rows of these shoppers."""
+        if min(self.newest, self.older) >= 1:
+            return table
+        user = table["user"].combine_chunks().dictionary_encode()
+        names = user.dictionary.to_pylist()
+        place = np.array([key64(f"{self.drawn} {name}") for name in names], np.float64) / 2.0**64
+        share = np.where(table["t_ms"].to_numpy() >= self.from_ms, self.newest, self.older)
+        return table.filter(place[user.indices.to_numpy()] < share)
+
+
+def _part(learn: LearnSettings, archive: Archive, end_ms: int, drawn: str) -> _Part:
+    """What of the archive `LEARN_MOST_EVENTS` allows to be read."""
+    rows = {s: count for s, count in archive.rows().items() if count and s.start_ms < end_ms}
+    latest_ms = max((segment.end_ms for segment in rows), default=0)
+    from_ms = latest_ms - int(learn.newest_days * DAY_MS)
+    newest = sum(count for segment, count in rows.items() if segment.end_ms > from_ms)
+    older = sum(rows.values()) - newest
+    if newest + older <= learn.most_events:
+        return _Part(1.0, 1.0, from_ms, drawn)
+    room = learn.most_events
+    share = min(1.0, room * (1 - _OLDER_SHARE if older else 1) / max(newest, 1))
+    share_older = min(share, (room - share * newest) / max(older, 1))
+    log.warning(
+        "of %d events LEARN_MOST_EVENTS lets %d be read: the newest %g days of %.1f%% of the "
+        "shoppers, and what is older of %.1f%%",
+        newest + older, room, learn.newest_days, 100 * share, 100 * share_older,
+    )  # fmt: skip
+    return _Part(share, share_older, from_ms, drawn)
+
+
+def _reached_ms(events: Archived, archive: Archive) -> dict[int, int]:
+    """See `label`. What is read of a partition tells how far it is, too; more lately where it is
+    busy, and alone before a trainer has put anything down."""
+    sources, at = np.unique(events.source, return_inverse=True)
+    latest_ms = np.zeros(len(sources), np.int64)
+    np.maximum.at(latest_ms, at, events.t_ms)
+    seen = dict(zip(sources.tolist(), latest_ms.tolist(), strict=True))
+    noted = archive.reached()
+    return {source: max(noted.get(source, 0), seen.get(source, 0)) for source in noted or seen}
 
 
 def _catalogue(items: ItemStore) -> tuple[list[str], list[str], list[str]]:
@@ -158,6 +224,7 @@ def _recipe(settings: Settings, parent: Release) -> dict[str, Any]:
         "user_events": settings.archive.user_events,
         "weights": event_weights(settings.profile.weights),
         "days": [learn.purchase_days, learn.return_days],
+        "most_events": [learn.most_events, learn.newest_days],
         "tower": [learn.tower, learn.tower_layers],
     }
 

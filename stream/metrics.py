@@ -174,6 +174,12 @@ EVENTS_ARCHIVED: Final = Counter(
     "look at the lag",
     registry=REGISTRY,
 )
+ARCHIVE_REJECTED: Final = Counter(
+    "penchant_archive_rejected",
+    "Records that are no events and so not archived. The updater, which sends them to the "
+    "dead-letter topic, counts more of a producer whose clock is ahead: the archive keeps those",
+    ["reason"], registry=REGISTRY,
+)  # fmt: skip
 ARCHIVE_SEGMENTS: Final = Gauge(
     "penchant_archive_segments",
     "Segments of the archive, as of the last tidying. Rising by far more than a day's worth: "
@@ -183,6 +189,12 @@ ARCHIVE_SEGMENTS: Final = Gauge(
 ARCHIVE_BYTES: Final = Gauge(
     "penchant_archive_bytes",
     "Size of the archive, as of the last tidying. At ARCHIVE_MAX_GB the oldest events go",
+    registry=REGISTRY,
+)
+ARCHIVE_DAMAGED: Final = Gauge(
+    "penchant_archive_damaged",
+    "Damaged segments that were set aside, as of the last tidying. Any: `penchant archive stats` "
+    "names them; look at the disk, and restore them from a copy",
     registry=REGISTRY,
 )
 LEARN_TURNS: Final = Counter(

@@ -306,7 +306,10 @@ class Rebuild:
         archive = Archive(open_store(settings.archive.url), self._turn.keep)
         folder = settings.stream.data_dir / f"rebuild-{making.keys.generation}"
         report = self._begin("reading the archive")
-        parts = spill(archive, folder, ends, making.user, report, making.progress(_COUNT))
+        latest_ms = int((time.time() + settings.stream.max_ahead_s) * 1000)
+        parts = spill(
+            archive, folder, ends, making.user, report, latest_ms, making.progress(_COUNT)
+        )
         try:
             making.note(_COUNT, parts.count)
             weights = event_weights(settings.profile.weights)

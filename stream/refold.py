@@ -277,11 +277,13 @@ def spill(
     ends: Mapping[int, int],
     user: str,
     report: Callable[[int, int | None], None],
+    latest_ms: int,
     count: int = 0,
 ) -> Parts:
     """Bring the archive's rows together by shopper. ends: source -> the offset behind the last row
-    to take; of sources that are not named, all. user: only theirs; "" is everybody. count: of
-    parts, where it was settled before."""
+    to take; of sources that are not named, all. user: only theirs; "" is everybody. latest_ms: of
+    what is later the clock was wrong, and workers rejected it. count: of parts, where it was
+    settled before."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     total = archive.stats().rows
@@ -290,7 +292,7 @@ def spill(
     writers: dict[int, Any] = {}
     rows = 0
     try:
-        for table in archive.read():
+        for table in archive.read(end_ms=latest_ms + 1):
             rows += len(table)
             report(rows, total)
             table = _within(table, ends, user)

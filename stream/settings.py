@@ -186,6 +186,9 @@ class LearnSettings(_Group):
     """Events of a window."""
     newest_days: Annotated[float, Field(gt=0)] = 90.0
     """Days of events that are gone through in full; of older ones each pass takes a few."""
+    most_events: Annotated[int, Field(ge=1)] = 3_000_000
+    """Events that a turn reads at most, for the memory that it takes; of more, those of a part of
+    the shoppers, drawn anew for each turn, and more of the newest days than of older ones."""
     compatibility: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the term that keeps item vectors near the live release's."""
     rate: Annotated[float, Field(gt=0)] = 2e-3

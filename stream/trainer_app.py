@@ -1,9 +1,8 @@
 """The side worker as a Faust app: intake service -> channel -> agent -> archive. Only wiring.
 
 It reads the events topic in a consumer group of its own, so it neither waits for the updater nor
-makes it wait. Micro-batches are parsed as they come and written together; their offsets are
-committed once their segments are durable. What is no event is left to the updater, which sends it
-to the dead-letter topic.
+makes it wait. Micro-batches are parsed as they come and written together (`ingest.py`); their
+offsets are committed once their segments are durable.
 """
 
 from __future__ import annotations
@@ -24,114 +23,26 @@ from mode import Service
 from model.errors import ModelError
 from model.releases import current_name, decisions
 
-from . import events as ev
 from . import metrics
-from .archive import Archive, Pending, open_store
+from .archive import Archive, open_store
 from .errors import UserError
+from .ingest import BATCHES, Ingest
 from .intake import Intake, MicroBatch
-from .settings import ArchiveSettings, Settings
-from .times import DAY_MS
+from .settings import Settings
 from .topics import connect
 from .updater_app import FaustWorker, UpdaterApp
 
 log = logging.getLogger(__name__)
 
 GROUP: Final = "trainer"
-_GB: Final = 10**9
 # The intake holds batches back until they are done, and they are done when they are written: so
 # it must allow more of them than a flush holds. Large ones, gathered slowly, keep them few.
-_BATCHES: Final = 40
 _AHEAD: Final = 8
 _BATCH_RECORDS: Final = 16_384
 _GATHER_MS: Final = 500.0
 _LOOK_S: Final = 0.1
-_TIDY_EVERY_S: Final = 60.0
-# A flush of events of months leaves a segment for each day or hour: who has nothing else to do
-# merges them soon, and in steps, so that events which come meanwhile wait for a step at most.
-_TIDY_IDLE_S: Final = 3.0
 _RELEASE_EVERY_S: Final = 10.0
 _OUTCOMES: Final = {"accept": "accepted", "reject": "rejected", "held": "held"}
-_TIDY_STEP: Final = 200  # segments; a second or so on a disk
-
-
-class Ingest:
-    """Micro-batches -> archive. One thread at a time."""
-
-    def __init__(self, archive: Archive, settings: ArchiveSettings, max_ahead_ms: int) -> None:
-        self._archive = archive
-        self._settings = settings
-        self._max_ahead_ms = max_ahead_ms
-        self._pending: dict[tuple[str, int, int], Pending] = {}
-        self._batches: list[MicroBatch] = []
-        self._rows = 0
-        self._since_s = time.monotonic()
-        self._tidied_s = time.monotonic()
-        self._taken_s = time.monotonic()
-        self._untidy = True  # what a process that died left
-
-    @property
-    def waiting(self) -> int:
-        """Micro-batches taken and not yet durable."""
-        return len(self._batches)
-
-    def take(self, batch: MicroBatch) -> None:
-        """Parse a micro-batch and keep its events for the next flush."""
-        self._taken_s = time.monotonic()
-        if not self._batches:
-            self._since_s = self._taken_s
-        self._batches.append(batch)
-        for piece in batch.slices:
-            latest_ms = ev.MAX_TS_MS
-            if piece.has_producer_times:  # as the updater: see there
-                latest_ms = time.time_ns() // 1_000_000 + self._max_ahead_ms
-            parsed = ev.parse(piece.values, piece.timestamps_ms, self._max_ahead_ms, latest_ms)
-            key = (piece.topic, piece.partition, piece.epoch)
-            pending = self._pending.get(key)
-            if pending is None:
-                first = piece.offsets[0]
-                pending = Pending(piece.source, piece.partition, first, first)
-                self._pending[key] = pending
-            offsets = [piece.offsets[i] for i in parsed.index]
-            pending.add(offsets, parsed.events, piece.next_offset)
-            self._rows += len(parsed.events)
-
-    def due(self) -> bool:
-        """Whether there is enough, or it has waited long enough."""
-        settings, waited_s = self._settings, time.monotonic() - self._since_s
-        return bool(self._batches) and (
-            self._rows >= settings.flush_rows
-            or waited_s >= settings.flush_s
-            or len(self._batches) >= _BATCHES
-        )
-
-    def flush(self) -> list[MicroBatch]:
-        """Write what waits; the micro-batches that are durable now."""
-        for pending in self._pending.values():
-            metrics.EVENTS_ARCHIVED.inc(self._archive.write(pending))
-        self._untidy |= bool(self._pending)
-        done, self._batches = self._batches, []
-        self._pending, self._rows = {}, 0
-        return done
-
-    def tidy(self) -> None:
-        """Once in a while, and when idle: retention by age and size, and a step of merging small
-        segments."""
-        now_s = time.monotonic()
-        waits = now_s - self._tidied_s < _TIDY_EVERY_S and now_s - self._taken_s < _TIDY_IDLE_S
-        if not self._untidy or waits:
-            return
-        settings = self._settings
-        expired = self._archive.expire(
-            int(settings.retention_days * DAY_MS), int(settings.max_gb * _GB)
-        )
-        saved = self._archive.compact(_TIDY_STEP)
-        if expired or saved:
-            log.info("archive: %d segments expired, %d merged away", expired, saved)
-        sizes = self._archive.segments()
-        metrics.ARCHIVE_SEGMENTS.set(len(sizes))
-        metrics.ARCHIVE_BYTES.set(sum(sizes.values()))
-        if saved < _TIDY_STEP:
-            self._untidy, self._tidied_s = False, time.monotonic()
 
 
 class _Clock(Service):  # type: ignore[misc]
@@ -247,7 +158,7 @@ class Trainer:
             update={
                 "batch_records": _BATCH_RECORDS,
                 "batch_deadline_ms": min(_GATHER_MS, settings.archive.flush_s * 1000),
-                "buffered_batches": _BATCHES + _AHEAD,
+                "buffered_batches": BATCHES + _AHEAD,
             }
         )
         self.intake = Intake(
@@ -329,7 +240,8 @@ class Trainer:
     def _written(self) -> list[MicroBatch]:
         """The batches that are durable now. On the archive's thread, so one at a time."""
         draining = self.intake.draining()
-        done = self._ingest.flush() if self._ingest.due() or draining else []
+        at_end_s = self.intake.at_end_s()
+        done = self._ingest.flush(at_end_s) if self._ingest.due() or draining else []
         if not draining:
             self._ingest.tidy()
             self._look_at_release()

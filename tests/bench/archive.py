@@ -17,11 +17,11 @@ from typing import Final
 from profiles.schema import EVENT_TYPES
 from stream.archive import Archive, Folder, archived
 from stream.contributions import DEFAULT_WEIGHTS
+from stream.ingest import Ingest
 from stream.intake import MicroBatch, Slice
 from stream.labelling import Rules, label
 from stream.settings import ArchiveSettings
 from stream.times import HOUR_MS
-from stream.trainer_app import Ingest
 from tests.archived_events import T0_MS, records
 
 from . import report
@@ -61,8 +61,8 @@ def _measure(n: int, what: str, span_ms: int) -> str:
             piece = Slice("events", 0, 1, 7, offsets, [None] * m, list(part), [T0_MS] * m)
             ingest.take(MicroBatch((piece,)))
             if ingest.due():
-                ingest.flush()
-        ingest.flush()
+                ingest.flush({})
+        ingest.flush({})
         rows = [_row("archived", n, started)]
         started = _now()
         archive.compact()
@@ -73,7 +73,7 @@ def _measure(n: int, what: str, span_ms: int) -> str:
         rows.append(_row("read back", n, started))
         started = _now()
         item_rows = {item: row for row, item in enumerate(events.item_ids)}
-        label(events, item_rows, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), int(events.t_ms.max()))
+        label(events, item_rows, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), {7: int(events.t_ms.max())})
         rows.append(_row("labelled", n, started))
     return (
         f"{n:,} events of {what}: {stats.segments:,} segments, {stats.size_bytes / n:.1f} bytes an "

@@ -60,6 +60,24 @@ def test_an_archive_in_an_object_store_reads_merges_expires_and_forgets(url: str
     assert list(archive.read()) == []
 
 
+def test_a_damaged_object_is_set_aside(url: str) -> None:
+    archive = Archive(ObjectStore(url))
+    shop = parsed(records(100, span_ms=1000))
+    for first in (0, 30, 60):
+        write(archive, shop, first, first + 30)
+    segment = list(archive.segments())[1]
+    with archive.store.read(segment.name) as file:
+        torn = file.read()[:500]
+    archive.store.write({segment.name: torn})
+    assert archive.stats().damaged == (segment.name,)
+    archive.compact()
+    assert archive.stats().damaged == (f"damaged/{segment.name}",)
+    with archive.store.read(f"damaged/{segment.name}") as file:
+        assert file.read() == torn
+    offsets = sorted(o for t in archive.read() for o in t["offset"].to_pylist())
+    assert offsets == [*range(30), *range(60, 90)]
+
+
 def test_of_two_trainers_on_an_object_store_the_second_is_told_who_writes(url: str) -> None:
     first, second = (ObjectStore(url, lease_s=1.0) for _ in range(2))
     give_up = first.lock()

@@ -39,7 +39,7 @@ from profiles import ranking
 from profiles.items import ItemStore
 from profiles.schema import ItemRecord, Keys
 from stream import learning, ranker_learning
-from stream.archive import Archive, Folder, Pending
+from stream.archive import Archive, Command, Folder, Pending
 from stream.errors import UserError
 from stream.events import Event, Purchase
 from stream.features import features_of
@@ -428,7 +428,7 @@ def test_who_asked_to_be_forgotten_meanwhile_is_not_learned_from(
     _store(items, _records())
     _fill(shop, _circle())
     _cut_off(shop, turn)
-    Archive(Folder(Path(shop.archive.url))).forget(7, {"u3": 1_000_000})
+    Archive(Folder(Path(shop.archive.url))).forget({"u3": [Command(7, 1_000_000, 0, 0)]})
     steps = Steps()
     assert turn(progress=steps).windows == len(_circle()) - 24
     assert steps.taken[0] == 1

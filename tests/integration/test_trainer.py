@@ -33,7 +33,7 @@ from stream.settings import (
 )
 from stream.times import HOUR_MS
 from stream.topics import create_topics
-from tests.archived_events import records
+from tests.archived_events import T0_MS, records
 from tests.integration.worker_process import (
     REPOSITORY,
     build_tiny_release,
@@ -177,6 +177,33 @@ def test_what_is_no_event_is_passed_by_and_forget_erases(
         eventually("the shopper is gone", lambda: not archived_ids(settings))
         eventually("all is committed", lambda: all_committed(settings))
     assert Archive(Folder(Path(settings.archive.url))).stats().receipts == PARTITIONS
+
+
+def test_quiet_partitions_are_known_to_be_as_far_as_the_busy_one(
+    settings: Settings, tmp_path: Path
+) -> None:
+    archive = Archive(Folder(Path(settings.archive.url)))
+    producer = Producer(settings.kafka.client_config())
+    latest_ms = T0_MS
+
+    def happens(partition: int) -> None:
+        nonlocal latest_ms
+        latest_ms += HOUR_MS
+        event = {"type": "view", "user_id": f"u{partition}", "item_id": "i", "ts": latest_ms}
+        producer.produce(settings.topic("events"), json.dumps(event), partition=partition)
+        assert producer.flush(60) == 0
+
+    happens(1)  # and then it is quiet; nothing ever happens in 2
+    with TrainerProcess(settings, tmp_path):
+        eventually("it is archived", lambda: len(archived_ids(settings)) == 1)
+        wanted_ms = latest_ms + 2 * HOUR_MS
+        deadline_s = time.monotonic() + 60
+        while sorted(archive.reached().values())[1:] < [wanted_ms] * 2:
+            assert time.monotonic() < deadline_s, archive.reached()
+            happens(0)
+            time.sleep(0.5)
+    assert len(archive.reached()) == PARTITIONS
+    assert max(archive.reached().values()) <= latest_ms
 
 
 def test_an_idle_trainer_merges_small_segments_whenever_it_was_killed(

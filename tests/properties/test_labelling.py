@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from model import training_rows as tr
 from model.windows import HELD_BACK, Labelled
-from profiles.arithmetic import FORGET
 from profiles.schema import EVENT_TYPES, TYPE_CODE
 from stream.contributions import DEFAULT_WEIGHTS
 from stream.labelling import Archived, Rules, label
@@ -27,7 +26,7 @@ rows = st.lists(
     st.tuples(
         st.integers(0, 2),
         st.integers(-1, 3),
-        st.sampled_from([*range(len(EVENT_TYPES)), *[PURCHASE] * 3, FORGET]),
+        st.sampled_from([*range(len(EVENT_TYPES)), *[PURCHASE] * 3]),
         st.integers(0, 40),
         st.sampled_from([0, 0, 0, 1, 2, 3]),
         st.integers(1, 2),
@@ -54,8 +53,22 @@ def archived(events: list[Row], at: list[int] | None = None) -> Archived:
     )
 
 
-def labelled(events: Archived, now_ms: int = 40, rules: Rules = RULES) -> Labelled:
-    return label(events, CATALOGUE, EVENT_TYPES, rules, now_ms)
+def labelled(
+    events: Archived, reached: tuple[int, int] = (40, 40), rules: Rules = RULES
+) -> Labelled:
+    """reached: up to when sources 1 and 2 are known; -1: not of today."""
+    told = {source: t_ms for source, t_ms in zip((1, 2), reached, strict=True) if t_ms >= 0}
+    return label(events, CATALOGUE, EVENT_TYPES, rules, told)
+
+
+def known_until(events: list[Row], reached: tuple[int, int]) -> dict[str, int]:
+    """User -> up to when all is known of them."""
+    today = [t_ms for t_ms in reached if t_ms >= 0]
+    until = {}
+    for code, name in enumerate(["zoe", "ann", "max"]):
+        of_user = [reached[e[5] - 1] for e in events if e[0] == code]
+        until[name] = min([t for t in of_user if t >= 0] or today or [0])
+    return until
 
 
 def same(a: Labelled, b: Labelled) -> bool:
@@ -76,11 +89,18 @@ def test_any_order_any_pieces_and_copies_give_the_same_windows(
     assert same(labelled(archived(events)), labelled(archived(events, [*order, *copies])))
 
 
-@given(rows)
-def test_labels_are_what_a_plain_reading_of_the_future_says(events: list[Row]) -> None:
-    out = labelled(archived(events))
-    whole = labelled(archived(events), rules=dataclasses.replace(RULES, user_events=1_000))
+reaches = st.tuples(st.integers(-1, 40), st.integers(-1, 40))
+
+
+@given(rows, reaches)
+def test_labels_are_what_a_plain_reading_of_the_future_says(
+    events: list[Row], reached: tuple[int, int]
+) -> None:
+    out = labelled(archived(events), reached)
+    rules = dataclasses.replace(RULES, user_events=1_000)
+    whole = labelled(archived(events), reached, rules)
     assert out.user == whole.user
+    until = known_until(events, reached)
     targets = tr.find_targets(whole)
     for j in range(len(whole.user)):
         lo, hi = whole.start[j], whole.start[j + 1]
@@ -96,7 +116,7 @@ def test_labels_are_what_a_plain_reading_of_the_future_says(events: list[Row]) -
                 (whole.returns, RETURNS_MS, lambda k: whole.type[k] != IMPRESSION),
             ):
                 near = any(wanted(k) and whole.t_ms[k] - whole.t_ms[i] <= horizon_ms for k in later)
-                passed = whole.t_ms[i] + horizon_ms < 40
+                passed = whole.t_ms[i] + horizon_ms < until[whole.user[j]]
                 assert column[i] == (int(near) if passed else HELD_BACK)
         for name in ("item", "purchase", "returns"):
             mine = getattr(out, name)[out.start[j] : out.start[j + 1]]
@@ -108,10 +128,9 @@ def test_inputs_up_to_a_time_do_not_change_with_what_happens_later(
     events: list[Row], until_ms: int
 ) -> None:
     rules = dataclasses.replace(RULES, user_events=1_000)
-    behaviour = [e for e in events if e[2] != FORGET]
-    early = [i for i, e in enumerate(behaviour) if e[3] <= until_ms]
-    before = labelled(archived(behaviour, early), rules=rules)
-    after = labelled(archived(behaviour), rules=rules)
+    early = [i for i, e in enumerate(events) if e[3] <= until_ms]
+    before = labelled(archived(events, early), rules=rules)
+    after = labelled(archived(events), rules=rules)
     for j, user in enumerate(before.user):
         mine = slice(before.start[j], before.start[j + 1])
         theirs = after.start[after.user.index(user)]
@@ -120,15 +139,15 @@ def test_inputs_up_to_a_time_do_not_change_with_what_happens_later(
             assert (getattr(after, name)[theirs : theirs + len(column)] == column).all()
 
 
-@given(rows, st.integers(0, 40))
-def test_labels_do_not_change_with_what_happens_after_their_horizon(
-    events: list[Row], until_ms: int
+@given(rows, reaches)
+def test_labels_do_not_change_with_what_partitions_that_lag_bring_later(
+    events: list[Row], reached: tuple[int, int]
 ) -> None:
     rules = dataclasses.replace(RULES, user_events=1_000)
-    behaviour = [e for e in events if e[2] != FORGET]
-    early = [i for i, e in enumerate(behaviour) if e[3] <= until_ms]
-    before = labelled(archived(behaviour, early), until_ms, rules)
-    after = labelled(archived(behaviour), 40, rules)
+    by_key = [(*e[:5], 1 + e[0] % 2) for e in events]
+    early = [i for i, e in enumerate(by_key) if e[3] <= reached[e[5] - 1]]
+    before = labelled(archived(by_key, early), reached, rules)
+    after = labelled(archived(by_key), rules=rules)
     for j, user in enumerate(before.user):
         theirs = int(after.start[after.user.index(user)])
         for name in ("purchase", "returns"):
@@ -137,28 +156,12 @@ def test_labels_do_not_change_with_what_happens_after_their_horizon(
             assert ((known == later) | (known == HELD_BACK)).all()
 
 
-@given(rows)
-def test_a_window_whose_horizon_has_not_passed_is_held_back(events: list[Row]) -> None:
-    out = labelled(archived(events))
-    assert ((out.purchase == HELD_BACK) == (out.t_ms + HORIZON_MS >= 40)).all()
-    assert ((out.returns == HELD_BACK) == (out.t_ms + RETURNS_MS >= 40)).all()
-
-
-@given(rows)
-def test_what_came_before_a_forget_in_its_partition_is_gone(events: list[Row]) -> None:
-    out = labelled(archived(events))
-    assert FORGET not in out.type.tolist()
-    for user, name in enumerate(["zoe", "ann", "max"]):
-        for source in (1, 2):
-            commands = [i for i, e in enumerate(events) if e[::5] == (user, source)]
-            commands = [i for i in commands if events[i][2] == FORGET]
-            if not commands:
-                continue
-            left = {
-                (e[2], e[3]) for i, e in enumerate(events) if e[0] == user
-                and (e[5] != source or i > commands[-1])
-            }  # fmt: skip
-            if name in out.user:
-                j = out.user.index(name)
-                mine = slice(out.start[j], out.start[j + 1])
-                assert set(zip(out.type[mine], out.t_ms[mine], strict=True)) <= left
+@given(rows, reaches)
+def test_a_window_whose_horizon_has_not_passed_is_held_back(
+    events: list[Row], reached: tuple[int, int]
+) -> None:
+    out = labelled(archived(events), reached)
+    until = known_until(events, reached)
+    now_ms = np.repeat([until[user] for user in out.user], np.diff(out.start))
+    assert ((out.purchase == HELD_BACK) == (out.t_ms + HORIZON_MS >= now_ms)).all()
+    assert ((out.returns == HELD_BACK) == (out.t_ms + RETURNS_MS >= now_ms)).all()

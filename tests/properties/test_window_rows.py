@@ -91,7 +91,9 @@ def test_a_profiles_window_gives_the_row_that_training_reads(
     batch = events(told)
     table = archive.columns(SOURCE, range(len(batch)), batch)
     rows = {item: row for row, item in enumerate(ITEMS)}
-    windows = label(archived([table]), rows, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), T0_MS).as_kept()
+    told_until = {SOURCE: T0_MS}
+    windows = label(archived([table]), rows, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), told_until)
+    windows = windows.as_kept()
     window = profile_window(batch, kept)
     assert len(window) == min(len(windows), kept)
     if not len(window):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import resource
@@ -68,7 +70,7 @@ def test_an_empty_archive_reads_as_nothing(archive: Archive) -> None:
     assert archive.compact() == 0
     assert archive.expire(1, 1) == 0
     columns = archived(archive.read())
-    assert len(label(columns, {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), 0)) == 0
+    assert len(label(columns, {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), {})) == 0
 
 
 def test_events_come_back_whole_in_event_time(archive: Archive, shop: list[ev.Event]) -> None:
@@ -92,7 +94,7 @@ def test_labels_reach_the_windows(archive: Archive) -> None:
         ev.Message(**shopper, event_id="m", text="It broke.", label="refund"),
     ]
     write(archive, events, 0, 3)
-    windows = label(archived(archive.read()), {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), T0_MS)
+    windows = label(archived(archive.read()), {}, EVENT_TYPES, Rules(DEFAULT_WEIGHTS), {7: T0_MS})
     assert windows.label == ["refund", "negative"]
 
 
@@ -108,7 +110,7 @@ def test_segments_of_before_labels_are_read_merged_and_erased_from(archive: Arch
     late = ev.View(user_id="u", item_id="i", ts=T0_MS + 2 * DAY_MS)
     write(archive, [*events, late], 60, 61)
     assert sorted(offsets(archive)) == list(range(61))
-    assert archive.forget(7, {events[0].user_id: 60}) > 0
+    assert archive.forget({events[0].user_id: [Command(7, 60, 0, 0)]}) > 0
     assert archive.compact() > 0
     table = pa.concat_tables(archive.read())
     assert set(table["label"].to_pylist()) == {""}
@@ -168,7 +170,7 @@ def test_long_work_shows_that_it_moves(tmp_path: Path, shop: list[ev.Event]) -> 
     archive = Archive(Folder(tmp_path), step)
     write(archive, shop, 0, N)
     segments, before = len(archive.segments()), steps
-    assert archive.forget(7, {"nobody": N}) == 0
+    assert archive.forget({"nobody": [Command(7, N, 0, 0)]}) == 0
     assert steps - before >= segments > 1
 
 
@@ -242,10 +244,8 @@ def test_a_death_at_any_moment_of_merging_loses_doubles_and_revives_nothing(
             Archive(Mortal(folder, changes)).compact()
         archive = Archive(Folder(folder))
         assert len(places(archive)) == len(set(places(archive))) == 100
-        erased = {1: {user: 50}, 2: {user: 50}}
         if changes % 2:  # erased between two halves of a merge
-            for source, command in erased.items():
-                archive.forget(source, command)
+            archive.forget({user: [Command(source, 50, 0, 0) for source in (1, 2)]})
         archive.compact()
         assert archive.compact() == 0
         left = [e for e in events if e.user_id != user] if changes % 2 else events
@@ -388,12 +388,105 @@ def test_names_say_all_and_other_files_are_not_segments(archive: Archive) -> Non
     assert archive.segments() == {}
 
 
-def test_a_torn_segment_is_named(archive: Archive, shop: list[ev.Event]) -> None:
+def cut_short(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def empty(data: bytes) -> bytes:
+    return b""
+
+
+def changed(data: bytes) -> bytes:
+    """A bit of a page, which compression does not notice."""
+    return data[:200] + bytes([data[200] ^ 1]) + data[201:]
+
+
+def changed_and_older(data: bytes) -> bytes:
+    """The same before segments had checksums."""
+    sink = io.BytesIO()
+    pq.write_table(pq.read_table(io.BytesIO(data)), sink, compression="zstd")
+    old = bytearray(sink.getvalue())
+    old[100:400] = bytes(300)
+    return bytes(old)
+
+
+@pytest.fixture(params=[cut_short, empty, changed, changed_and_older])
+def damaged(request: pytest.FixtureRequest, archive: Archive, shop: list[ev.Event]) -> Segment:
+    """One of 12 segments."""
+    for first in range(0, N, 100):
+        write(archive, shop, first, first + 100)
+    segment = list(archive.segments())[1]
+    archive.store.write({segment.name: request.param(content(archive, segment.name))})
+    return segment
+
+
+def content(archive: Archive, name: str) -> bytes:
+    with archive.store.read(name) as file:
+        return bytes(file.read())
+
+
+def undamaged(shop: list[ev.Event], segment: Segment) -> list[int]:
+    def lost(i: int) -> bool:
+        in_time = segment.start_ms <= shop[i].ts < segment.end_ms
+        return in_time and segment.first <= i < segment.next
+
+    return [i for i in range(N) if not lost(i)]
+
+
+@pytest.mark.usefixtures("way_of_reading")
+def test_a_damaged_segment_is_named_and_the_rest_is_read(
+    archive: Archive, shop: list[ev.Event], damaged: Segment, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sorted(offsets(archive)) == undamaged(shop, damaged)
+    assert f"{damaged.name} in the archive is damaged" in caplog.text
+
+
+def test_a_merge_sets_a_damaged_segment_aside(
+    archive: Archive, shop: list[ev.Event], damaged: Segment, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = content(archive, damaged.name)
+    archive.compact()
+    assert damaged.name in caplog.text
+    assert content(archive, f"damaged/{damaged.name}") == before
+    assert archive.compact() == 0
+    assert sorted(offsets(archive)) == undamaged(shop, damaged)
+    assert archive.stats().damaged == (f"damaged/{damaged.name}",)
+    archive.expire(1, 1 << 40)
+    assert archive.stats().damaged == ()
+
+
+def test_erasing_sets_a_damaged_segment_aside(
+    archive: Archive, shop: list[ev.Event], damaged: Segment
+) -> None:
+    archive.forget({"user-3": [Command(7, N, 0, 0)]})
+    left = [i for i in undamaged(shop, damaged) if shop[i].user_id != "user-3"]
+    assert sorted(offsets(archive)) == left
+
+
+def test_stats_name_what_cannot_be_read(
+    archive: Archive, shop: list[ev.Event], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ARCHIVE_URL", str(tmp_path / "archive"))
     write(archive, shop, 0, N)
-    segment, *_ = archive.segments()
-    archive.store.write({segment.name: b"PAR1 torn"})
-    with pytest.raises(UserError, match=segment.name):
-        list(archive.read())
+    for segment, data in zip(archive.segments(), (b"", b"PAR1 torn"), strict=False):
+        archive.store.write({segment.name: data})
+        said = CliRunner().invoke(app, ["archive", "stats"])
+        assert said.exit_code == 0
+        assert f"damaged: {segment.name}" in said.output
+
+
+def test_storage_that_fails_is_no_damage(tmp_path: Path, shop: list[ev.Event]) -> None:
+    class Failing(Folder):
+        def read(self, name: str) -> Any:
+            raise OSError(errno.EIO, "Input/output error")
+
+    archive = Archive(Failing(tmp_path))
+    write(archive, shop, 0, 50)
+    write(archive, shop, 50, 100)
+    before = archive.segments()
+    with pytest.raises(UserError, match=r"parquet.*Input/output error.*mend"):
+        archive.compact()
+    assert archive.segments() == before
 
 
 def test_two_writers_at_once_one_wins(tmp_path: Path) -> None:
@@ -526,6 +619,6 @@ def test_receipts_tell_which_command_was_carried_out(archive: Archive) -> None:
     pending.add([0, 1, 2], told, 3)
     archive.write(pending)
     assert archive.forgotten() == {
-        hashed("ann"): [Command(7, 1, key64("f"))],
-        hashed("ben"): [Command(7, 2, 0)],
+        hashed("ann"): [Command(7, 1, key64("f"), T0_MS)],
+        hashed("ben"): [Command(7, 2, 0, T0_MS)],
     }

@@ -214,6 +214,37 @@ def test_the_command_prints_a_table_of_the_set_it_was_given(tmp_path: Path) -> N
     assert len(found["sections"]) == 2
 
 
+def test_the_command_reads_a_file_of_anybodys(tmp_path: Path) -> None:
+    rows = ["cust,sku,when"]
+    rows += [f"u{u},i{(u + n) % 9},2024-03-{n + 1:02}" for u in range(12) for n in range(20)]
+    file = tmp_path / "mine.csv"
+    file.write_text("\n".join(rows), encoding="utf-8")
+    arguments = ["eval", "csv", "--path", str(file), "--no-text"]
+    refused = CliRunner().invoke(app, arguments)
+    assert "--columns" in str(refused.exception)
+    arguments += ["--columns", "user_id=cust,item_id=sku,ts=when", "--type", "purchase"]
+    shown = CliRunner().invoke(app, [*arguments, "--utc-offset", "+00:00"])
+    assert shown.exit_code == 0, shown.output
+    assert "own frequency" in shown.output
+
+
+def test_a_plot_that_cannot_be_written_is_told_before_the_evaluation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def begins(*_: object, **__: object) -> None:
+        raise AssertionError("the data set was read")
+
+    monkeypatch.setattr("stream.evaluation_data.load", begins)
+    arguments = ["eval", "movielens", "--no-text", "--plot"]
+    for file in (tmp_path, tmp_path / "nowhere" / "plot.png"):
+        refused = CliRunner().invoke(app, [*arguments, str(file)])
+        assert isinstance(refused.exception, UserError)
+        assert f"cannot write {file}" in str(refused.exception)
+    with pytest.raises(AssertionError, match="was read"):
+        CliRunner().invoke(app, [*arguments, str(tmp_path / "plot.png")], catch_exceptions=False)
+    assert not (tmp_path / "plot.png").exists()
+
+
 def test_what_heads_said_is_held_against_what_came_of_it() -> None:
     """Of a user with more events than are learned from, too."""
     hours, bought_at, week = 3_000, 2_000, 7 * 24

@@ -31,7 +31,7 @@ def events(*rows: tuple[str, str, int, int]) -> Archived:
 
 
 def labelled(archived: Archived, now_ms: int = 100 * DAY_MS, rules: Rules = RULES) -> Labelled:
-    return label(archived, {"a": 4}, EVENT_TYPES, rules, now_ms)
+    return label(archived, {"a": 4}, EVENT_TYPES, rules, {1: now_ms})
 
 
 def test_an_empty_archive_has_no_windows() -> None:

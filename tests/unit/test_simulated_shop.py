@@ -378,6 +378,7 @@ def test_ctrl_c_ends_it_and_the_truth_so_far_can_be_read(tmp_path: Path) -> None
         (["--kafka", "--live", "--start", "2026-03-01"], "--start or --live"),
         (["--kafka", "--days", "0"], "--days"),
         (["--items", "3"], "items must be at least 16"),
+        (["--limit", "-3"], "a limit of -3"),
         (["--out", "/nowhere/x"], "/nowhere/x"),
         (["--truth", "/nowhere/x"], "--truth"),
     ],
