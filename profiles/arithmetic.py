@@ -703,13 +703,15 @@ def migrate(
     """Carry the sums of these rows, all of one space, into `space`, in place.
 
     transition: (D, D), old vector @ transition ~ new vector. old, new: item key -> (D,) vector
-    in either space. What an item of the recent window contributed is replaced exactly where
-    both its vectors are given; the rest of a sum goes through the transition:
+    in either space. Where both vectors of an item are given, what it contributed is replaced; the
+    rest of a sum goes through the transition:
 
         S' = S W + sum_i w_i 2^(-(T - t_i) / h) (new_i - old_i W)        i in the window
+                 + r / max(r, m) sum_j m_j (new_j - old_j W)             j of the own items
 
-    Masses, categories and all else do not depend on the space. Raises ValueError for another
-    shape of the transition.
+    The first is exact. The second is for what the window has lost: r of the mass of S, and of
+    own item j the mass m_j, which fades otherwise; m is the sum of these. Masses, categories and
+    all else do not depend on the space. Raises ValueError for another shape of the transition.
     """
     if transition.shape != (layout.dimensions, layout.dimensions):
         raise ValueError(
@@ -719,26 +721,40 @@ def migrate(
     header["sums"][picked] = header["sums"][picked] @ transition
     header["space"][picked] = space
     items = sorted(old.keys() & new.keys())
-    counted = [_folded_entries(profiles, row) for row in picked.tolist()]
-    lengths = [len(entries) for entries in counted]
-    if not items or not sum(lengths):
+    if not items:
         return
     before, after = (np.stack([side[i] for i in items]) for side in (old, new))  # (u, D)
     change = (after - before.astype(np.float64) @ transition).astype(np.float32)
     keys = np.asarray(items, dtype=np.uint64)
-    entries = np.concatenate(counted)
-    at = np.minimum(np.searchsorted(keys, entries["item"]), len(keys) - 1)
-    known = keys[at] == entries["item"]
-    row = np.repeat(picked, lengths)[known]
-    entries, at = entries[known], at[known]
-    age_ms = (header["updated_ms"][row] - entries["t_ms"]).astype(np.float64)
-    share = np.exp2(-age_ms[:, None] / layout.half_lives_ms) * entries["weight"][:, None]  # (m, K)
-    users, starts = np.unique(row, return_index=True)  # `row` is grouped, not always ascending
-    order = np.argsort(starts)
-    users, starts = users[order], starts[order]
-    for k in range(share.shape[1] if len(users) else 0):
-        moved = share[:, k, None].astype(np.float32) * change[at]  # (m, D)
-        header["sums"][users, k] += np.add.reduceat(moved, starts, axis=0)
+    for row in picked.tolist():
+        item, share = _shares(profiles, row, layout)
+        at = np.minimum(np.searchsorted(keys, item), len(keys) - 1)
+        known = keys[at] == item
+        header["sums"][row] += share[known].T.astype(np.float32) @ change[at[known]]
+
+
+def _shares(profiles: Profiles, row: int, layout: Layout) -> tuple[Keys64, NDArray[np.float64]]:
+    """Items (m,), some of them twice, and what is of them in each of a user's sums (m, K)."""
+    header = profiles.header[row]
+    window = np.frombuffer(profiles.window[row], dtype=schema.WINDOW_ENTRY)
+    weight = window["weight"].astype(np.float64)
+    age_ms = (header["updated_ms"] - window["t_ms"]).astype(np.float64)
+    decayed = np.exp2(-age_ms[:, None] / layout.half_lives_ms) * weight[:, None]
+    decayed[_waiting(profiles, row)] = 0.0
+    lost = np.maximum(0.0, header["masses"] - np.abs(decayed).sum(axis=0))  # (K,)
+    of_item = is_of_item(window)
+    item = window["item"][of_item]
+    own = np.frombuffer(profiles.own[row], dtype=_TALLIED)
+    mass = own["mass"].astype(np.float64)
+    if len(own):
+        at = np.minimum(np.searchsorted(own["key"], item), len(own) - 1)
+        here = own["key"][at] == item
+        had = (np.exp2(-age_ms / layout.own_half_life_ms) * weight)[of_item]
+        np.subtract.at(mass, at[here], had[here])
+    mass = np.maximum(0.0, mass)
+    portion = lost / np.maximum(np.maximum(lost, mass.sum()), np.finfo(np.float64).tiny)
+    share = np.concatenate([decayed[of_item], mass[:, None] * portion])
+    return np.concatenate([item, own["key"]]), share
 
 
 def elsewhere(states: Sequence[bytes], space: int) -> list[int]:
@@ -769,40 +785,52 @@ def heads(states: Sequence[bytes], layout: Layout) -> NDArray[np.void]:
     return np.frombuffer(joined, dtype=layout.header)
 
 
-def folded_entries(
+def entries_of(
     states: Sequence[bytes], header: NDArray[np.void], layout: Layout
-) -> tuple[Ints, NDArray[np.void]]:
-    """The entries of windows whose item's vector is in the sums, and whose each of them is; of
-    states in which nothing waits for a text."""
-    size, lengths = layout.header.itemsize, header["window_n"].astype(np.int64)
-    ends = (size + lengths * _ENTRY).tolist()
-    raw = b"".join([state[size:end] for state, end in zip(states, ends, strict=True)])
-    entries = np.frombuffer(raw, dtype=schema.WINDOW_ENTRY)
-    folded = _is_folded(entries)
-    return np.repeat(np.arange(len(states)), lengths)[folded], entries[folded]
+) -> tuple[NDArray[np.void], Ints, NDArray[np.void], Ints]:
+    """The entries of windows and of own items, and where those of each state end, (n + 1,) from 0
+    on."""
+    lengths = {name: header[name].astype(np.int64) for name in _TAIL}
+    at = np.full(len(states), layout.header.itemsize)
+    found: list[Any] = []
+    for name, dtype in _TAIL.items():
+        end = at + lengths[name] * dtype.itemsize
+        if name in ("window_n", "own_n"):
+            ends = zip(states, at.tolist(), end.tolist(), strict=True)
+            found.append(np.frombuffer(b"".join([s[i:j] for s, i, j in ends]), dtype=dtype))
+            found.append(np.concatenate([[0], np.cumsum(lengths[name])]))
+        at = end
+    window, window_end, own, own_end = found
+    return window, window_end, own, own_end
 
 
-def _is_folded(entries: NDArray[np.void]) -> NDArray[np.bool_]:
+# What stands between the header of a state and its pending events, in order.
+_TAIL: Final = {
+    "window_n": schema.WINDOW_ENTRY,
+    "seen_n": np.dtype("<u8"),
+    "categories_n": _TALLIED,
+    "own_n": _TALLIED,
+}
+
+
+def is_of_item(entries: NDArray[np.void]) -> NDArray[np.bool_]:
     """Whether an entry is of an item's vector, and not of a text of its own."""
     folded: NDArray[np.bool_] = (entries["item"] != 0) & (entries["flags"] & schema.FLAG_TEXT == 0)
     return folded
 
 
-def _folded_entries(profiles: Profiles, row: int) -> NDArray[Any]:
-    """The window entries of a user whose item's vector is in the sums: those of an item, and not
-    waiting for its text. An entry that is there twice and waits once counts once."""
-    entries = np.frombuffer(profiles.window[row], dtype=schema.WINDOW_ENTRY)
-    folded = _is_folded(entries)
-    if profiles.pending[row]:
-        raw = profiles.pending[row]
-        waiting = Counter(raw[i : i + _ENTRY] for i in range(0, len(raw), _ENTRY))
-        for i, entry in enumerate(entries):
-            key = entry.tobytes()
-            if waiting[key] > 0:
-                waiting[key] -= 1
-                folded[i] = False
-    kept: NDArray[Any] = entries[folded]
-    return kept
+def _waiting(profiles: Profiles, row: int) -> list[int]:
+    """The positions in a user's window of what waits for a text. An entry that is there twice and
+    waits once counts once."""
+    raw, window = profiles.pending[row], profiles.window[row]
+    left = Counter(raw[i : i + _ENTRY] for i in range(0, len(raw), _ENTRY))
+    found = []
+    for i in range(0, len(window) if raw else 0, _ENTRY):
+        key = window[i : i + _ENTRY]
+        if left[key] > 0:
+            left[key] -= 1
+            found.append(i // _ENTRY)
+    return found
 
 
 # --- merge ---------------------------------------------------------------------------------

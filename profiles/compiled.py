@@ -923,16 +923,44 @@ def fold(shape, users, events, begin, order, save, x, out):
 # --- to another space ----------------------------------------------------------------------
 
 
+@inlined
+def _carry_item(shape, sums, user, change, share):
+    for k in range(shape.scales):
+        to, by = sums[user * shape.scales + k], np.float32(share[k])
+        for d in range(shape.dimensions):
+            to[d] += by * change[d]
+
+
 @compiled
-def carry(shape, sums, row, age_ms, weight, at, change):
-    """Add to sums (n * K, D) what m window entries of users `row` are by `change` (u, D): entry i
-    is of item at[i], or of one that is not known, -1."""
-    for i in range(len(row)):
-        if at[i] < 0:
-            continue
-        of = change[at[i]]
+def carry(shape, sums, masses, window_end, own_end, items, at, age_ms, weight, mass, change, room):
+    """Add to sums (n * K, D) what `arithmetic.migrate` adds to those that went through the map.
+    items, at: of all window entries, then of all own items: key, 0 for an entry that is of none,
+    and row of change (u, D), -1 for an item that is not known. mass: of own items; what the window
+    knows of it is taken out. room: (2, K)."""
+    entries = len(age_ms)
+    lost, share = room[0], room[1]
+    for user in range(len(window_end) - 1):
         for k in range(shape.scales):
-            share = np.float32(np.exp2(-age_ms[i] / shape.half_lives_ms[k]) * weight[i])
-            to = sums[row[i] * shape.scales + k]
-            for d in range(shape.dimensions):
-                to[d] += share * of[d]
+            lost[k] = masses[user, k]
+        begin, end = window_end[user], window_end[user + 1]
+        for i in range(begin, end):
+            for k in range(shape.scales):
+                share[k] = np.exp2(-age_ms[i] / shape.half_lives_ms[k]) * weight[i]
+                lost[k] -= abs(share[k])
+            if at[i] >= 0:
+                _carry_item(shape, sums, user, change[at[i]], share)
+        total = 0.0
+        for j in range(own_end[user], own_end[user + 1]):
+            left = np.float64(mass[j])
+            for i in range(begin, end):
+                if items[i] == items[entries + j]:
+                    left -= np.exp2(-age_ms[i] / shape.own_half_life_ms) * weight[i]
+            mass[j] = max(0.0, left)
+            total += mass[j]
+        for j in range(own_end[user], own_end[user + 1]):
+            if mass[j] <= 0.0 or at[entries + j] < 0:
+                continue
+            for k in range(shape.scales):
+                rest = max(0.0, lost[k])
+                share[k] = mass[j] * rest / max(rest, total)
+            _carry_item(shape, sums, user, change[at[entries + j]], share)

@@ -50,6 +50,7 @@ ChangesOf = Callable[[Keys64], tuple[Keys64, Floats]]
 items' vectors are in the new space beyond the map: new - old @ transition (v, D)."""
 NamesOf = Callable[[Sequence[int]], Mapping[int, str]]
 _NAMES_KEPT = 100_000
+_NO_ITEM = np.zeros(1, np.uint64)
 
 
 class _Labels:
@@ -171,14 +172,21 @@ class Kernel:
         `arithmetic.plain_spaces` names."""
         layout, shape = self._layout, self._shape
         header = arithmetic.heads(states, layout)
-        row, entries = arithmetic.folded_entries(states, header, layout)
+        window, window_end, own, own_end = arithmetic.entries_of(states, header, layout)
         sums = np.ascontiguousarray(header["sums"]).reshape(-1, shape.dimensions) @ transition
-        keys, change = changes_of(np.unique(entries["item"]))
+        items = np.where(arithmetic.is_of_item(window), window["item"], np.uint64(0))
+        every = np.concatenate([items, own["key"]])
+        keys, change = changes_of(np.setdiff1d(every, _NO_ITEM))
         if len(keys):
-            at = np.minimum(np.searchsorted(keys, entries["item"]), len(keys) - 1)
-            at[keys[at] != entries["item"]] = -1
-            columns = (header["updated_ms"][row] - entries["t_ms"], entries["weight"], at)
-            compiled.carry(shape, sums, row, *map(np.ascontiguousarray, columns), change)
+            at = np.minimum(np.searchsorted(keys, every), len(keys) - 1)
+            at[keys[at] != every] = -1
+            users = np.repeat(np.arange(len(states)), np.diff(window_end))
+            age_ms = (header["updated_ms"][users] - window["t_ms"]).astype(np.float64)
+            columns = map(np.array, (window["weight"], own["mass"]))  # writable, and in one piece
+            compiled.carry(
+                shape, sums, np.array(header["masses"]), window_end, own_end, every, at, age_ms,
+                *columns, change, np.zeros((2, shape.scales)),
+            )  # fmt: skip
         header["sums"] = sums.reshape(header["sums"].shape)
         header["space"] = space
         raw, size = header.tobytes(), layout.header.itemsize

@@ -168,14 +168,34 @@ def test_there_and_back_by_exact_vectors_returns(events: list[Event], transition
         np.testing.assert_allclose(back[user].sums / scale, profile.sums / scale, atol=1e-3)
 
 
-def test_what_the_window_has_lost_goes_through_the_map() -> None:
+@pytest.mark.parametrize("own_items", [0, 2])
+def test_what_the_window_has_lost_is_moved_as_own_items_tell_and_else_by_the_map(
+    own_items: int,
+) -> None:
+    layout = replace(LAYOUT, own_items=own_items)
     old = [item_event(0, t_ms=1_000 + i) for i in range(3)]
-    recent = [item_event(1, t_ms=2_000 + i) for i in range(LAYOUT.window)]
-    shelf = folded(in_topic(old + recent), LAYOUT)
+    recent = [item_event(1, t_ms=2_000 + i) for i in range(layout.window)]
+    shelf = folded(in_topic(old + recent), layout)
     mapped = VECTOR_OF[ITEM_KEYS[0]] @ (2 * IDENTITY)
     profile = migrated(shelf, 2 * IDENTITY, VECTOR_OF, NEXT_VECTOR_OF)["u"]
-    expected = 3 * mapped + LAYOUT.window * NEXT_VECTOR_OF[ITEM_KEYS[1]]
+    lost = NEXT_VECTOR_OF[ITEM_KEYS[0]] if own_items else mapped
+    expected = 3 * lost + layout.window * NEXT_VECTOR_OF[ITEM_KEYS[1]]
     np.testing.assert_allclose(profile.sums[-1], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_own_items_stand_for_no_more_than_the_window_has_lost() -> None:
+    layout = replace(LAYOUT, own_items=1)  # the lighter of two is known to the sums alone
+    lost = [item_event(i, t_ms=1_000) for i in (0, 0, 2)]
+    shelf = folded(in_topic(lost + [item_event(1, t_ms=2_000)] * layout.window), layout)
+    users = list(shelf.states)
+    profiles = shelf.load(users)
+    header = profiles.header[0]
+    before = header["sums"][-1].copy()
+    arithmetic.migrate(profiles, [0], IDENTITY, VECTOR_OF, NEXT_VECTOR_OF, layout, NEXT_SPACE)
+    change = {i: NEXT_VECTOR_OF[ITEM_KEYS[i]] - VECTOR_OF[ITEM_KEYS[i]] for i in (0, 1)}
+    moved = header["sums"][-1] - before - layout.window * change[1]
+    assert arithmetic.decode("u", shelf.states["u"]).own.keys() == {ITEM_KEYS[1]}
+    np.testing.assert_allclose(moved, 0, atol=1e-3)
 
 
 def test_an_event_that_waits_for_its_text_is_folded_in_the_new_space_alone() -> None:
