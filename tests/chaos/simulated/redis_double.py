@@ -188,6 +188,13 @@ class Keyspace:
         fields.update(zip(pairs[::2], pairs[1::2], strict=True))
         return len(fields) - before
 
+    def _hsetnx_command(self, key: bytes, name: bytes, value: bytes) -> Reply:
+        fields = self._mine(key, dict)
+        if name in fields:
+            return 0
+        fields[name] = value
+        return 1
+
     def _hdel_command(self, key: bytes, *names: bytes) -> Reply:
         fields = self._get(key, dict) or {}
         there = [name for name in names if name in fields]

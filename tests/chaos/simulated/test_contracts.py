@@ -74,6 +74,8 @@ def hashes(client: redis.Redis) -> None:
     assert client.hget("none", "a") is None
     assert client.hgetall("h") == {b"a": b"2", b"b": b"\xff"}
     assert client.hgetall("none") == {}
+    assert (client.hsetnx("h", "a", "7"), client.hsetnx("h", "new", "8")) == (0, 1)
+    assert client.hdel("h", "new") == 1
     assert client.hdel("h", "a", "c") == 1
     assert client.hdel("h", "b") == 1
     assert list(client.scan_iter("h")) == []  # an empty hash is none
