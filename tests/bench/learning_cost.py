@@ -321,7 +321,7 @@ def _updater_rate(bench: pipeline.Bench, events: int) -> float:
         keys = [ours.profile_key % (settings.namespace, u) for u in (*work.starts, *work.ends)]
         log = bench.folder / f"{settings.namespace}.log"
         at, total = len(work.starts), len(work.records)
-        with watching.PipelineProcess(ours.command, environment, log) as process:
+        with watching.PipelineProcess((sys.executable, *ours.command), environment, log) as process:
             return watching.drain(
                 client,
                 process,
