@@ -44,7 +44,7 @@ _TALLIED: Final = np.dtype([("key", "<u8"), ("mass", "<f4")])
 _TALLY: Final = _TALLIED.itemsize
 _FENCE: Final = schema.FENCE_HEADER.itemsize
 _FIELDS: Final[Any] = schema.header_dtype(1, 1).fields
-_SPACE: Final = slice(_FIELDS["space"][1], _FIELDS["space"][1] + 8)  # of a state
+SPACE_AT: Final = slice(_FIELDS["space"][1], _FIELDS["space"][1] + 8)  # of a state
 _SCALES: Final = slice(_FIELDS["scales"][1], _FIELDS["scales"][1] + 2)
 _HALF_LIVES: Final = _FIELDS["half_lives_s"][1]
 _T_MS: Final = struct.Struct("<q")
@@ -759,8 +759,8 @@ def _shares(profiles: Profiles, row: int, layout: Layout) -> tuple[Keys64, NDArr
 
 def elsewhere(states: Sequence[bytes], space: int) -> list[int]:
     """The positions of states in another space or in none; b"" is no state."""
-    here = space.to_bytes(_SPACE.stop - _SPACE.start, "little")
-    return [i for i, state in enumerate(states) if state and state[_SPACE] != here]
+    here = space.to_bytes(SPACE_AT.stop - SPACE_AT.start, "little")
+    return [i for i, state in enumerate(states) if state and state[SPACE_AT] != here]
 
 
 def plain_spaces(states: Sequence[bytes], layout: Layout) -> Keys64:

@@ -268,7 +268,7 @@ def scratch(shape: Shape, most: int, sources: int, chunk: int) -> Scratch:
 
 
 @inlined
-def _copy(out, at, source, begin, n):
+def copied(out, at, source, begin, n):
     to, of = out[at : at + n], source[begin : begin + n]
     for i in range(n):
         to[i] = of[i]
@@ -307,7 +307,7 @@ def _fixed(out, at, scaled, places):
 
 @inlined
 def _piece(out, at, texts, i):
-    return _copy(out, at, texts.bytes, texts.end[i], texts.end[i + 1] - texts.end[i])
+    return copied(out, at, texts.bytes, texts.end[i], texts.end[i + 1] - texts.end[i])
 
 
 @inlined
@@ -357,7 +357,7 @@ def _key(tally, i):
 def _read_tally(tally, stored, begin, count):
     """Whether its entries lie in order."""
     tally.n[0] = count
-    _copy(tally.k1, 0, stored, begin, count * _TALLY)
+    copied(tally.k1, 0, stored, begin, count * _TALLY)
     for i in range(1, count):
         if _key(tally, i) <= _key(tally, i - 1):
             return False
@@ -371,12 +371,12 @@ def _read_state(x, shape, users, u, space):
     begin, end = users.state_at[u, 0], users.state_at[u, 1]
     n = x.n
     if begin == end:
-        _copy(x.h1, 0, shape.blank, 0, size)
+        copied(x.h1, 0, shape.blank, 0, size)
         n[_W] = n[_S] = n[_S_BEGIN] = x.categories.n[0] = x.own.n[0] = 0
         return True
     if end - begin < size:
         return False
-    _copy(x.h1, 0, users.stored, begin, size)
+    copied(x.h1, 0, users.stored, begin, size)
     if x.h2[_VERSION] != _SCHEMA_VERSION or x.h2[_PENDING_N] != 0:
         return False
     if x.h2[_DIMENSIONS] != shape.dimensions or x.h2[_SCALES] != shape.scales:
@@ -395,9 +395,9 @@ def _read_state(x, shape, users, u, space):
     if end - begin != size + n[_W] * _ENTRY + n[_S] * _SEEN + (categories_n + own_n) * _TALLY:
         return False
     begin += size
-    _copy(x.w1, 0, users.stored, begin, n[_W] * _ENTRY)
+    copied(x.w1, 0, users.stored, begin, n[_W] * _ENTRY)
     begin += n[_W] * _ENTRY
-    _copy(x.s1, 0, users.stored, begin, n[_S] * _SEEN)
+    copied(x.s1, 0, users.stored, begin, n[_S] * _SEEN)
     begin += n[_S] * _SEEN
     if not _read_tally(x.categories, users.stored, begin, categories_n):
         return False
@@ -415,7 +415,7 @@ def _read_fence(x, users, u):
     size = end - begin
     if size < _FENCE or (size - _FENCE) % _WATERMARK != 0:
         return False
-    _copy(x.f1, 0, users.stored, begin, size)
+    copied(x.f1, 0, users.stored, begin, size)
     x.n[_F] = x.n[_F_BEFORE] = (size - _FENCE) // _WATERMARK
     for i in range(1, x.n[_F]):
         if x.fu[3 + 2 * i] <= x.fu[1 + 2 * i]:
@@ -779,7 +779,7 @@ def _write(x, shape, users, u, save, out, at):
     n = x.n
     to = out.arguments
     old, old_n = users.fence_at[u, 0], users.fence_at[u, 1] - users.fence_at[u, 0]
-    at = _copy(to, _bulk_length(to, at, old_n), users.stored, old, old_n)
+    at = copied(to, _bulk_length(to, at, old_n), users.stored, old, old_n)
     x.fu[0] = x.fu[0] + np.uint64(1)
     x.fu[1] = save.writer
     left_s = np.float64(x.fi[2]) - save.now_s
@@ -789,7 +789,7 @@ def _write(x, shape, users, u, save, out, at):
     fence_n = _FENCE + n[_F] * _WATERMARK
     at = _bulk_length(to, _line_end(to, at), fence_n)
     out.fence_at[u, 0], out.fence_at[u, 1] = at, at + fence_n
-    at = _copy(to, at, x.f1, 0, fence_n)
+    at = copied(to, at, x.f1, 0, fence_n)
     size, first = shape.blank.size, max(0, n[_W] - shape.window)
     x.h2[_WINDOW_N], x.h2[_SEEN_N] = n[_W] - first, n[_S] - n[_S_BEGIN]
     categories_n, own_n = x.categories.n[0], x.own.n[0]
@@ -798,16 +798,16 @@ def _write(x, shape, users, u, save, out, at):
     state_n = size + window_n + seen_n + (categories_n + own_n) * _TALLY
     at = _bulk_length(to, _line_end(to, at), state_n)
     out.state_at[u, 0], out.state_at[u, 1] = at, at + state_n
-    at = _copy(to, at, x.h1, 0, size)
-    at = _copy(to, at, x.w1, first * _ENTRY, window_n)
-    at = _copy(to, at, x.s1, n[_S_BEGIN] * _SEEN, seen_n)
-    at = _copy(to, at, x.categories.k1, 0, categories_n * _TALLY)
-    at = _copy(to, at, x.own.k1, 0, own_n * _TALLY)
+    at = copied(to, at, x.h1, 0, size)
+    at = copied(to, at, x.w1, first * _ENTRY, window_n)
+    at = copied(to, at, x.s1, n[_S_BEGIN] * _SEEN, seen_n)
+    at = copied(to, at, x.categories.k1, 0, categories_n * _TALLY)
+    at = copied(to, at, x.own.k1, 0, own_n * _TALLY)
     at = _bulk_length(to, _line_end(to, at), glance_n)
-    at = _copy(to, at, out.glance, 0, glance_n)
+    at = copied(to, at, out.glance, 0, glance_n)
     digits = _decimal(out.glance, 0, expires_s)
     at = _bulk_length(to, _line_end(to, at), digits)
-    return _line_end(to, _copy(to, at, out.glance, 0, digits))
+    return _line_end(to, copied(to, at, out.glance, 0, digits))
 
 
 @inner
@@ -858,19 +858,19 @@ def _close_call(users, chosen, n, save, out, call, at, length):
     at = _line_end(to, _decimal(to, at + 1, 7 + 6 * n))
     at = _piece(to, at, pieces, script)
     digits = _decimal(out.glance, 0, n + 1)
-    at = _line_end(to, _copy(to, _bulk_length(to, at, digits), out.glance, 0, digits))
+    at = _line_end(to, copied(to, _bulk_length(to, at, digits), out.glance, 0, digits))
     around = pieces.end[suffix + 1] - pieces.end[prefix]
     for c in range(n):
         begin, end = users.id_end[chosen[c]], users.id_end[chosen[c] + 1]
         at = _piece(to, _bulk_length(to, at, around + end - begin), pieces, prefix)
-        at = _piece(to, _copy(to, at, users.ids, begin, end - begin), pieces, suffix)
+        at = _piece(to, copied(to, at, users.ids, begin, end - begin), pieces, suffix)
         at = _line_end(to, at)
     at = _piece(to, at, save.tails, 0)
     for c in range(n):
         for side in range(2):
             out.state_at[chosen[c], side] += at
             out.fence_at[chosen[c], side] += at
-    return _piece(to, _copy(to, at, out.arguments, 0, length), save.tails, call + 1)
+    return _piece(to, copied(to, at, out.arguments, 0, length), save.tails, call + 1)
 
 
 @compiled

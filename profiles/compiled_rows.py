@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .compiled import Bytes, Ints, compiled, inlined, inner
+from .compiled import Bytes, Ints, compiled, copied, inlined, inner
 
 # Of `Shelf.counts`.
 OLDEST, NEWEST, FREE, USED, HELD = range(5)
@@ -46,14 +46,6 @@ def same(a, begin, b, first, size):
     while i < size and a[begin + i] == b[first + i]:
         i += 1
     return i == size
-
-
-@inlined
-def _copy(out, at, source, begin, n):
-    to, of = out[at : at + n], source[begin : begin + n]
-    for i in range(n):
-        to[i] = of[i]
-    return at + n
 
 
 @inner
@@ -129,7 +121,7 @@ def take(shelf, slots, state_at, out):
         if slot == NONE:
             continue
         id_n, state_n, fence_n = shelf.sizes[slot]
-        _copy(out, state_at[i, 0], shelf.bytes, slot * shelf.stride + id_n, state_n + fence_n)
+        copied(out, state_at[i, 0], shelf.bytes, slot * shelf.stride + id_n, state_n + fence_n)
         place = shelf.hashes[slot] & mask
         while shelf.table[place] != slot:
             place = (place + np.uint64(1)) & mask
@@ -167,9 +159,9 @@ def put(shelf, text, end, which, source, state_at, fence_at):
         table[_place(shelf, mixed, text, begin, id_n)] = slot
         shelf.hashes[slot] = mixed
         shelf.sizes[slot, 0], shelf.sizes[slot, 1], shelf.sizes[slot, 2] = id_n, state_n, fence_n
-        at = _copy(shelf.bytes, slot * shelf.stride, text, begin, id_n)
-        at = _copy(shelf.bytes, at, source, state_at[i, 0], state_n)
-        _copy(shelf.bytes, at, source, fence_at[i, 0], fence_n)
+        at = copied(shelf.bytes, slot * shelf.stride, text, begin, id_n)
+        at = copied(shelf.bytes, at, source, state_at[i, 0], state_n)
+        copied(shelf.bytes, at, source, fence_at[i, 0], fence_n)
         shelf.older[slot], shelf.newer[slot] = counts[NEWEST], NONE
         if counts[NEWEST] == NONE:
             counts[OLDEST] = slot

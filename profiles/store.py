@@ -324,8 +324,6 @@ class ProfileStore:
         raise AssertionError("unreachable")
 
 
-# The offset of the space in a state.
-_SPACE: Final = 16
 # Beside what a profile holds at most: an id, and a fence of as many partitions as a shopper's
 # events come from. Whoever has more is loaded each time.
 _ID_BYTES: Final = 64
@@ -347,8 +345,9 @@ def _row_bytes(layout: Layout) -> int:
 
 def _elsewhere(rows: Rows, space: int) -> bool:
     """Whether one of the states lives in another space."""
-    at = rows.state_at[rows.state_at[:, 1] - rows.state_at[:, 0] >= _SPACE + 8, 0]
-    spaces = rows.bytes[at[:, None] + np.arange(_SPACE, _SPACE + 8)].view("<u8")
+    begin, end = arithmetic.SPACE_AT.start, arithmetic.SPACE_AT.stop
+    at = rows.state_at[rows.state_at[:, 1] - rows.state_at[:, 0] >= end, 0]
+    spaces = rows.bytes[at[:, None] + np.arange(begin, end)].view("<u8")
     return bool(((spaces != 0) & (spaces != space)).any())
 
 
