@@ -42,16 +42,19 @@ class HotSwap(Generic[T]):
         *,
         poll_s: float = 1.0,
         refused: Callable[[str], None] = lambda words: None,
+        flipped: Callable[[], None] = lambda: None,
     ) -> None:
         """`live` is the id of the release that serves. `build` loads and warms up on the
         watcher's thread; `flip` puts the result in place, at once. What either raises refuses the
-        release for a while, and `refused` is told why."""
+        release for a while, and `refused` is told why. `flipped` may take its time, on the same
+        thread, once nothing here refers to the release before."""
         self.live = live
         self._dir = releases_dir
         self._build = build
         self._flip = flip
         self._poll_s = poll_s
         self._refused = refused
+        self._flipped = flipped
         self._refusal = ("", 0.0)  # name, and when to try it again
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hot-swap", daemon=True)
@@ -70,6 +73,10 @@ class HotSwap(Generic[T]):
     def ended(self) -> bool:
         """Whether `stop` was called: a long `build` may look at it."""
         return self._ended.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Let some time pass; whether `stop` was called meanwhile."""
+        return self._ended.wait(seconds)
 
     def look(self) -> bool:
         """Look at CURRENT once; whether another release is live now."""
@@ -114,7 +121,8 @@ class HotSwap(Generic[T]):
         with suppress(OSError, AttributeError):  # a courtesy, where the system has it
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while not self._ended.wait(self._poll_s):
-            self.look()
+            if self.look():
+                self._flipped()
 
 
 class _Overtaken(ModelError):

@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 
 # Vectors of a space that is being left; popular items are in most windows. 32 MiB at D = 128.
 _OLD_VECTORS: Final = 65_536
+# So often that in all: for the way in use, and one that is made ready meanwhile.
+_WAYS: Final = 2
+_MAPS: Final = 64  # 4 MiB at D = 128; one is made again in milliseconds
 # Items that a missing map is fitted on.
 _FIT_ITEMS: Final = 4_096
 _READY_AT_ONCE: Final = 1_024
@@ -142,6 +145,8 @@ class Migrator:
             known = self._way(_name(space), _name(other))
             if known is None:
                 known = self._fitted(_name(space), _name(other))
+            if len(self._maps) >= _MAPS:
+                self._maps = {}
             self._maps[(space, other)] = known
         return known
 
@@ -181,6 +186,9 @@ class Migrator:
                 known, change = found[:0], more[:0]
             both, rows = np.concatenate([known, found]), np.concatenate([change, more])
             order = np.argsort(both)
+            held = sum(len(keys) for w, (keys, _) in list(self._changed.items()) if w != way)
+            if held + len(both) > _WAYS * _OLD_VECTORS:
+                self._changed = {}
             # Never changed in place: another thread may be reading it.
             known, change = self._changed[way] = both[order], rows[order]
         return known, change

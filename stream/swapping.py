@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from model.engine import Engine
 from model.errors import EncoderSettingsInvalid, ModelError
@@ -24,6 +25,7 @@ from profiles.store import ProfileStore
 
 from . import metrics
 from .catalogue import Catalogue
+from .memory import give_back
 from .settings import Settings
 from .sweeper import Sweeper
 from .updater import Updater
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     import redis
 
 log = logging.getLogger(__name__)
+
+# How long what was begun with the release before may take to end; looked after in between.
+_LET_GO_AFTER_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def publish_ranker(items: ItemStore, release: Release) -> None:
@@ -102,7 +107,9 @@ class Swapper:
             self._flip,
             poll_s=settings.model.watch_s,
             refused=lambda words: metrics.RELEASES_REFUSED.inc(),
+            flipped=self._let_go,
         )
+        self._left: weakref.ref[Engine] | None = None
 
     def start(self) -> None:
         """Watch and sweep, as far as the settings ask for it."""
@@ -139,6 +146,7 @@ class Swapper:
 
     def _flip(self, release: Release, catalogue: Catalogue) -> None:
         before = self._updater.catalogue.engine.space
+        self._left = weakref.ref(self._updater.catalogue.engine)
         publish_ranker(self._items, release)
         # Named first: a profile must not be seen in a space that is not current yet.
         self._items.set_space(release.space)
@@ -150,3 +158,13 @@ class Swapper:
         catalogue.refill()
         if before != release.space:
             self._sweeper.wake()
+
+    def _let_go(self) -> None:
+        """Give the memory of the release before back, once its last batch is through."""
+        for pause_s in _LET_GO_AFTER_S:
+            if self._left is None or self.hot_swap.wait(pause_s):
+                return
+            give_back()
+            if self._left() is None:
+                return
+        log.warning("the memory of the release before is not free: something still uses it")

@@ -26,6 +26,7 @@ from profiles.store import ProfileStore
 
 from . import metrics
 from .catalogue import Catalogue, categories_of
+from .memory import give_back
 from .migration import Migrator
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class Sweeper:
         space = catalogue.engine.space
         stored = self._state(space)
         if stored.get(b"done") == b"1":
+            self._let_go()  # another worker's sweep, perhaps: this one was ready to move them, too
             return True
         if self._items.current_space() != space or not self._my_turn():
             return False
@@ -175,8 +177,12 @@ class Sweeper:
         # Asked after that: who is filling another space by then does so because it is wanted.
         for old in set(others[:-1]) - {self._wanted_space()}:
             self._items.drop_space(old)
-        self._migrator.forget_vectors()
+        self._let_go()
         log.info("all profiles are in space %s", space)
+
+    def _let_go(self) -> None:
+        self._migrator.forget_vectors()
+        give_back()
 
     def _move(self, users: list[str], catalogue: Catalogue) -> int:
         """How many were moved. Who was saved by others meanwhile is theirs, or the next pass'."""

@@ -11,6 +11,9 @@ release ready, flips, and its sweeper moves everybody who did not come by. A pro
 swap if it was sent, or not yet readable, between the pointer's move and the end of the sweep, and
 to the steady time before it otherwise. Then a worker is killed in the middle of a swap, and
 another one takes over. Prints and never asserts; `--write` puts it into docs/swaps.md.
+
+The worker remembers as many profiles as there are shoppers in `spread`, and has met all of them
+before the first swap: what memory grows by from there on is not theirs.
 """
 
 from __future__ import annotations
@@ -50,13 +53,22 @@ _PATIENCE_S: Final = 240.0
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Of the worker at one swap, in MB; the first two under load."""
+
+    before: float
+    peak: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Swap:
     """One swap, as it was seen from outside; times by perf_counter."""
 
     moved_s: float  # CURRENT
     flipped_s: float  # the worker says so
     swept_s: float
-    resident_mb: float  # afterwards
+    memory: Memory
     probes: Sequence[Probe]
 
     def steady(self) -> list[float]:
@@ -96,7 +108,6 @@ class Run:
     swaps: list[Swap]
     flips: list[Flip]
     gaps_ms: list[float]  # between batches of one space, applied one after the other
-    before_mb: float
     crash: Crash
     sent: int
     counted: int
@@ -143,6 +154,7 @@ def measure(
             **environment,
             "MODEL_RELEASES": str(chain[0].path.parent),
             "STREAM_METRICS_PORT": str(port),
+            "STREAM_CACHED_PROFILES": str(workloads.SPREAD_SHOPPERS),
         }
         clock = bench.folder / "clock.jsonl"
         command = (sys.executable, "-m", "tests.bench.flips", str(clock))
@@ -167,7 +179,6 @@ def measure(
                 for n in range(len(chain))
             ]
             probe = pipeline.probe_of(_OURS, settings)
-            before_mb = watching.resident_mb(worker.pid)
             for number, release in enumerate(chain[1:-1]):
                 swap = _swap(seen, worker, settings, loads[number], probe, release, number)
                 swaps.append(swap)
@@ -191,7 +202,7 @@ def measure(
             total, swept = counted(), seen.swept(chain[-1])
         profiles = seen.profiles()
     return Run(
-        workload, load.rate, profiles, swaps, flips, gaps, before_mb,
+        workload, load.rate, profiles, swaps, flips, gaps,
         Crash(moved, back_s, swept), sent, total,
     )  # fmt: skip
 
@@ -252,16 +263,18 @@ def _swap(
 ) -> Swap:
     began = Event()
 
-    def swap() -> tuple[float, float, float]:
+    def swap() -> tuple[float, float, float, float]:
         began.wait()
         time.sleep(load.seconds * 0.8 * STEADY_SHARE)
+        before_mb = watching.resident_mb(worker.pid)
+        watching.forget_peak(worker.pid)
         flips = seen.metric("penchant_releases_swapped")
         moved_s = time.perf_counter()
         make_current(release)
         _until(worker, lambda: seen.metric("penchant_releases_swapped") > flips)
         flipped_s = time.perf_counter()
         _until(worker, lambda: seen.swept(release))
-        return moved_s, flipped_s, time.perf_counter()
+        return before_mb, moved_s, flipped_s, time.perf_counter()
 
     with ThreadPoolExecutor(1) as aside:
         swapping = aside.submit(swap)
@@ -275,9 +288,10 @@ def _swap(
             f"probe-{number}",
             began.set,
         )
-        times = swapping.result()
-    time.sleep(2)  # the old release is let go
-    return Swap(*times, watching.resident_mb(worker.pid), probes)
+        before_mb, moved_s, flipped_s, swept_s = swapping.result()
+    time.sleep(2)  # what moved the last profiles is let go
+    memory = Memory(before_mb, watching.peak_mb(worker.pid), watching.resident_mb(worker.pid))
+    return Swap(moved_s, flipped_s, swept_s, memory, probes)
 
 
 def _sent(swap: Swap, load: watching.Load) -> int:
@@ -342,7 +356,7 @@ def render(run: Run) -> str:
     """The tables."""
     head = [
         "swap", "steady p50, p99", "during p50, p99", "p99 of steady", "ready and flipped after",
-        "swept after", "flip: prepare, apply", "memory afterwards",
+        "swept after", "flip: prepare, apply", "memory before, at most, after",
     ]  # fmt: skip
     steady = [ms for swap in run.swaps for ms in swap.steady()]
     steady_p99 = float(np.percentile(steady, 99))
@@ -357,11 +371,12 @@ def render(run: Run) -> str:
                 f"{swap.flipped_s - swap.moved_s:.1f} s",
                 f"{swap.swept_s - swap.moved_s:.1f} s",
                 f"{flip.prepare_gap:.1f}, {flip.apply_gap:.1f} ms",
-                f"{swap.resident_mb:,.0f} MB",
+                _told(swap.memory),
             ]
         )
     ratios = [np.percentile(swap.during(), 99) / steady_p99 for swap in run.swaps]
     during = [ms for swap in run.swaps for ms in swap.during()]
+    memory = [swap.memory for swap in run.swaps]
     prepare, apply = ([getattr(f, n) for f in run.flips] for n in ("prepare_gap", "apply_gap"))
     rows.append(
         [
@@ -372,7 +387,9 @@ def render(run: Run) -> str:
             f"{statistics.median(s.flipped_s - s.moved_s for s in run.swaps):.1f} s",
             f"{statistics.median(s.swept_s - s.moved_s for s in run.swaps):.1f} s",
             f"{statistics.median(prepare):.1f}, {statistics.median(apply):.1f} ms",
-            f"{run.before_mb:,.0f} MB before",
+            _told(
+                Memory(*(statistics.median(getattr(m, n) for m in memory) for n in vars(memory[0])))
+            ),
         ]
     )
     gap_p50, gap_p99 = np.percentile(run.gaps_ms, [50, 99])
@@ -384,6 +401,7 @@ def render(run: Run) -> str:
             "A flip is the time between the last batch of the old release and the first of the "
             "new, by the worker's clock; between batches of one release it is "
             f"{gap_p50:.1f} ms at the median and {gap_p99:.1f} ms at p99 (apply).",
+            _trend(memory),
             f"A worker killed with SIGKILL when its sweep had moved {crash.moved:,} profiles: "
             f"{crash.back_s:.0f} s later the next one had applied what waited; the sweep was "
             f"{'finished' if crash.swept else 'not finished'}. Events sent {run.sent:,}, counted "
@@ -397,11 +415,32 @@ def _both(fresh_ms: Sequence[float]) -> str:
     return f"{p50:,.0f}, {p99:,.0f} ms"
 
 
+def _told(memory: Memory) -> str:
+    return f"{memory.before:,.0f}, {memory.peak:,.0f}, {memory.after:,.0f} MB"
+
+
+def _trend(memory: Sequence[Memory]) -> str:
+    """Whether swaps leave something behind, each like the one before."""
+    text = (
+        f"Memory before and at most is the worker's under load, with {workloads.SPREAD_SHOPPERS:,} "
+        "profiles remembered before the first swap; after is once everybody is moved and the load "
+        f"is over. Before the first swap it had {memory[0].before:,.0f} MB, before the last "
+        f"{memory[-1].before:,.0f}, after the last {memory[-1].after:,.0f}."
+    )
+    half = memory[len(memory) // 2 :]
+    if len(half) > 2:
+        slope = np.polyfit(range(len(half)), [m.after for m in half], 1)[0]
+        text += (
+            f" Over the last {len(half)} swaps it changed by {slope:+.1f} MB from one to the next."
+        )
+    return text
+
+
 def _line(swap: Swap, number: int) -> str:
     return (
         f"swap {number}: steady {_both(swap.steady())}, during {_both(swap.during())}, flipped "
         f"after {swap.flipped_s - swap.moved_s:.1f} s, swept after "
-        f"{swap.swept_s - swap.moved_s:.1f} s, {swap.resident_mb:,.0f} MB"
+        f"{swap.swept_s - swap.moved_s:.1f} s, {_told(swap.memory)}"
     )
 
 

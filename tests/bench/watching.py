@@ -52,8 +52,13 @@ def cpu_s(pid: int) -> float:
 
 
 def peak_mb(pid: int) -> float:
-    """The most resident memory a process has had."""
+    """The most resident memory a process has had, since it began or `forget_peak`."""
     return _status_mb(pid, "VmHWM")
+
+
+def forget_peak(pid: int) -> None:
+    """Let the peak be what is resident now; of a process of the same user."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
 
 
 def _status_mb(pid: int, name: str) -> float:

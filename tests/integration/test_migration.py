@@ -203,6 +203,45 @@ def test_spaces_that_were_left_go_whoever_sweeps(
     assert found == set(kept)
 
 
+def test_a_worker_forgets_the_vectors_of_a_space_that_another_swept(
+    base: Release,
+    items: ItemStore,
+    store: ProfileStore,
+    open_release: Open,
+    redis_client: redis.Redis,
+    namespace: str,
+) -> None:
+    old = open_release(base)
+    fill(old, store)
+    new = open_release(build_turned_release(base, 2))
+    idle, busy = (sweeper(redis_client, namespace, base, store, items, new) for _ in range(2))
+    idle._migrator.make_ready(old.engine.space, new)
+    assert idle._migrator._changed
+    assert idle._migrator._old
+    while not busy.sweep():
+        assert not idle.sweep()
+    assert idle.sweep()
+    assert not idle._migrator._changed
+    assert not idle._migrator._old
+
+
+def test_ways_from_many_spaces_take_no_more_memory_than_a_few(
+    base: Release, items: ItemStore, open_release: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream.migration._OLD_VECTORS", len(ITEMS))
+    monkeypatch.setattr("stream.migration._MAPS", 3)
+    migrator = Migrator(base.path.parent, items, LAYOUT)
+    live = open_release(base)
+    live.upsert(ITEMS, Origin(1, 0))
+    for seed in range(6):  # nobody sweeps
+        before, live = live, open_release(build_turned_release(live.engine.release, seed))
+        migrator.make_ready(before.engine.space, live)
+        kept = sum(len(keys) for keys, _ in migrator._changed.values())
+        assert (before.space, live.space) in migrator._changed
+        assert 0 < kept <= 2 * len(ITEMS)
+        assert len(migrator._maps) <= 3
+
+
 def test_another_sweeper_goes_on_where_one_died(
     base: Release,
     items: ItemStore,
