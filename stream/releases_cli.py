@@ -86,9 +86,12 @@ def _lines(path: Path) -> list[str]:
 
 
 @releases_app.command("list")
-def list_(as_json: AsJson = False) -> None:
-    """All releases, which one is live, and what the gate said of each."""
-    from .releases_view import listing, listing_table
+def list_(
+    every: Annotated[bool, typer.Option("--all", help="However old; --json has all.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The newest releases, which one is live, and what the gate said of each."""
+    from .releases_view import listing, listing_table, newest
 
     folder = _folder()
     shown = listing(folder) | {"sweep": _sweep(folder)}
@@ -97,7 +100,10 @@ def list_(as_json: AsJson = False) -> None:
     elif not shown["releases"] and not shown["decisions"]:
         console.print(f"no releases in {folder}: type `penchant releases build`", highlight=False)
     else:
-        console.print(listing_table(shown, console.width), highlight=False)
+        few, more = (shown, 0) if every else newest(shown)
+        console.print(listing_table(few, console.width), highlight=False)
+        if more:
+            console.print(f"{more:,} older ones are not shown: `penchant releases list --all`")
         if shown["pruned"]:
             console.print(f"{len(shown['pruned']):,} older ones pruned, but for their maps")
         if (hold := shown["hold"]) is not None:

@@ -15,6 +15,8 @@ from model.releases import PRUNED, Listed, Release, decisions, held, history, li
 
 _ID_CELLS: Final = {"release": 24, "space": 16, "from": 24}
 _WIDE: Final = 120  # columns
+NEWEST: Final = 20
+"""Of releases, and of verdicts on what became none, that a table shows."""
 
 
 def listing(releases_dir: Path) -> dict[str, Any]:
@@ -46,6 +48,19 @@ def _listed(listed: Listed, verdict: Mapping[str, Any] | None) -> dict[str, Any]
         "parent": release.parent,
         "decision": verdict.get("decision", "") if verdict else "",
     }
+
+
+def newest(shown: Mapping[str, Any], most: int = NEWEST) -> tuple[dict[str, Any], int]:
+    """A listing without what is older than the newest `most` releases and as many verdicts on what
+    became none, but with the live release; and how many rows of its table that leaves out."""
+    releases, known = shown["releases"], {row["id"] for row in shown["releases"]}
+    lone = [v["id"] for v in shown["decisions"] if v.get("candidate") not in known]
+    kept = {row["id"] for row in releases[-most:]}
+    few = [row for row in releases if row["current"] or row["id"] in kept]
+    old = set(lone[:-most])
+    decisions = [v for v in shown["decisions"] if v["id"] not in old]
+    decisions = [v for v in decisions if v.get("candidate") not in known - {r["id"] for r in few}]
+    return {**shown, "releases": few, "decisions": decisions}, len(releases) - len(few) + len(old)
 
 
 def listing_table(shown: Mapping[str, Any], width: int) -> Table:

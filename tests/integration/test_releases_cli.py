@@ -18,6 +18,7 @@ from profiles.schema import Keys
 from stream import releases_cli
 from stream.errors import UserError
 from stream.releases_cli import releases_app
+from stream.releases_view import NEWEST, listing, newest
 from tests.integration.worker_process import build_tiny_release, build_turned_release
 
 Run = Callable[..., Result]
@@ -104,6 +105,33 @@ def test_a_rejection_is_listed_with_its_figures_and_opened_by_its_id(
     assert "reason 2" in text
     with pytest.raises(UserError, match="no verdict 'verdict-nowhere'"):
         run("show", "verdict-nowhere")
+
+
+def test_of_many_verdicts_the_newest_are_listed_and_the_rest_counted(
+    base: Release, run: Run
+) -> None:
+    second = build_turned_release(base, 2)
+    record_decision(base.path.parent, {"candidate": second.id, "decision": "accept", "reasons": []})
+    rejected = [_reject(base, 0.01 * n) for n in range(NEWEST + 5)]
+    few, whole = run("list").stdout, run("list", "--all").stdout
+    assert [name in few for name in rejected] == [False] * 5 + [True] * NEWEST
+    assert "5 older ones are not shown: `penchant releases list --all`" in few
+    assert all(name in whole for name in rejected)
+    assert "not shown" not in whole
+    assert len(answer(run("list", "--json"))["decisions"]) == len(rejected) + 1
+    for text in (few, whole):
+        assert (base.id in text, second.id in text) == (True, True)
+
+
+def test_the_live_release_is_listed_however_old(base: Release) -> None:
+    chain = [base, *(build_turned_release(base, seed) for seed in range(4))]
+    shown = listing(base.path.parent)
+    few, more = newest(shown, most=2)
+    ids = [row["id"] for row in shown["releases"]]
+    assert len(ids) == len(chain)
+    assert ids[0] == base.id
+    assert [row["id"] for row in few["releases"]] == [ids[0], *ids[-2:]]
+    assert more == 2
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
