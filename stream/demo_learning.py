@@ -5,7 +5,6 @@ It reads a releases folder and the worker's metrics; it trains nothing and decid
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,25 +19,21 @@ def learning(releases_dir: Path, first: Sample, now: Sample) -> Learning:
     from model.releases import decisions  # torch's two seconds, while the worker starts anyway
 
     return Learning(
-        verdicts=tuple(verdict for each in decisions(releases_dir) if (verdict := _verdict(each))),
+        verdicts=tuple(map(_verdict, decisions(releases_dir))),
         swaps=now.swaps - first.swaps,
         flip_s=now.flip_s - first.flip_s,
         migrated=now.migrated - first.migrated,
     )
 
 
-def _verdict(decision: dict[str, Any]) -> Verdict | None:
-    """None for a candidate that could not be ranked at all."""
+def _verdict(decision: dict[str, Any]) -> Verdict:
     newest = decision["figures"]["comparison"]["newest"]
-    before, after = float(newest["current"]), float(newest["candidate"])
-    if not math.isfinite(before) or not math.isfinite(after):
-        return None
     return Verdict(
         accepted=decision["decision"] == "accept",
         name=decision["candidate"] or decision["id"],
         figure=_FIGURE,
-        before=before,
-        after=after,
+        before=float(newest["current"]),
+        after=float(newest["candidate"]),
         low=float(newest["low"]),
         high=float(newest["high"]),
         why="; ".join(decision["reasons"]),

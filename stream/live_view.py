@@ -99,7 +99,8 @@ class Verdict:
     figure: str
     before: float
     after: float
-    """The figure of the live release and of the candidate, on the newest events."""
+    """The figure of the live release and of the candidate, on the newest events; NaN for one that
+    cannot rank at all."""
     low: float
     high: float
     """The interval of their difference."""
@@ -343,6 +344,8 @@ def learning_words(learning: Learning) -> str:
 def verdict_words(verdict: Verdict) -> str:
     """Before and after, and what the gate made of it."""
     said = "accepted" if verdict.accepted else "rejected"
+    if not (math.isfinite(verdict.before) and math.isfinite(verdict.after)):
+        return f"{verdict.figure} on the newest events cannot be told of the candidate: {said}"
     return (
         f"{verdict.figure} on the newest events {verdict.before:.3f} -> {verdict.after:.3f} "
         f"({verdict.low:+.3f} to {verdict.high:+.3f}): {said}"

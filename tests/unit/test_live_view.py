@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from stream import live_view
+from model.gate import Comparison, Figure, decide, record
+from model.releases import record_decision
+from stream import demo_learning, live_view
+from stream.demo_watch import Sample
 from stream.live_view import Act, Figures, Learning, Near, Shopper, Verdict, View
 
 AT_MS = 876_664_980_000  # 1997-10-12T14:03:00Z
@@ -207,6 +212,19 @@ def test_a_verdict_is_told_once_and_so_is_a_swap() -> None:
 def test_a_rejection_says_why() -> None:
     (line,) = live_view.plain_learning(Learning(), Learning((REJECTED,)))
     assert line.endswith("rejected; no better")
+
+
+def test_a_candidate_of_broken_numbers_is_told_of_to_the_last_line(tmp_path: Path) -> None:
+    nan = Figure("recall@20", 0.03, math.nan, math.nan, math.nan, 1_234)
+    decision = decide(Comparison(nan, non_finite=7))
+    record_decision(tmp_path, record(decision, "", "base-1", "2026-03-01T12:00"))
+    sample = Sample(0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, ())
+    told = demo_learning.learning(tmp_path, sample, sample)
+    (line,) = live_view.plain_learning(Learning(), told)
+    assert "cannot be told of the candidate: rejected; 7 numbers are NaN or infinite" in line
+    assert "nan" not in line.partition(";")[0]
+    last = live_view.no_swap_words(told)
+    assert last.startswith("no swap came: the gate rejected the only candidate: 7 numbers are NaN")
 
 
 @pytest.mark.parametrize(
