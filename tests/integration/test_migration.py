@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,13 +26,19 @@ from profiles.schema import SCHEMA_VERSION, ItemRecord, Keys, key64
 from profiles.store import ProfileStore
 from stream import metrics
 from stream.catalogue import Catalogue
+from stream.events import Click
+from stream.intake import MicroBatch, Slice
 from stream.migration import Migrator
+from stream.refold import NoRejects
+from stream.settings import ModelSettings, RedisSettings, Settings
 from stream.swapping import open_space
 from stream.sweeper import Sweeper, progress
+from stream.updater_app import build_marks, build_swapper, updater_on
 from tests.integration.worker_process import (
     DIMENSIONS,
     build_tiny_release,
     build_turned_release,
+    eventually,
 )
 
 pytestmark = pytest.mark.redis
@@ -240,6 +248,61 @@ def test_ways_from_many_spaces_take_no_more_memory_than_a_few(
         assert (before.space, live.space) in migrator._changed
         assert 0 < kept <= 2 * len(ITEMS)
         assert len(migrator._maps) <= 3
+
+
+def test_no_release_stays_in_memory_once_another_serves(
+    base: Release, redis_client: redis.Redis, redis_url: str, namespace: str
+) -> None:
+    settings = Settings(
+        namespace=namespace,
+        redis=RedisSettings(url=redis_url),
+        model=ModelSettings(releases=base.path.parent, watch_s=0.05, device="cpu"),
+    )
+    marks = build_marks(settings)
+    updater = updater_on(settings, Engine(base, device="cpu"), marks, marks.keys, NoRejects())
+    updater.catalogue.upsert(ITEMS, Origin(1, 0))
+    swapper = build_swapper(settings, updater, _raise)
+    chain = [base]
+    for seed in range(3):
+        chain.append(build_turned_release(chain[-1], seed))
+
+    def fold(offset: int) -> None:
+        clicks = [
+            Click(user_id=u, item_id="A-1", ts=NOW_MS, event_id=f"{u}{offset}") for u in USERS
+        ]
+        places = range(offset, offset + len(USERS))
+        piece = Slice(settings.topic("events"), 0, 1, 1)
+        for click, place in zip(clicks, places, strict=True):
+            piece.offsets.append(place)
+            piece.keys.append(click.user_id.encode())
+            piece.values.append(click.to_json())
+            piece.timestamps_ms.append(NOW_MS)
+            piece.headers.append(None)
+        updater.apply(updater.prepare(updater.take_apart(MicroBatch((piece,), frozenset({1})))))
+
+    fold(0)
+    gc.collect()
+    gc.disable()  # a worker collects in full once in hours: no release may wait for that
+    swapper.start()
+    try:
+        for n, release in enumerate(chain[1:], 1):
+            # As a restart of Redis: the error that comes of it keeps what its callers held.
+            redis_client.script_flush()
+            fold(n * len(USERS))
+            left = [weakref.ref(updater.catalogue), weakref.ref(updater.catalogue.engine)]
+            make_current(release)
+            space = release.space
+            eventually("it serves", lambda s=space: updater.catalogue.engine.space == s)  # type: ignore[misc]
+            eventually("the one before is gone", lambda refs=left: not any(r() for r in refs))  # type: ignore[misc]
+            eventually("all are moved", lambda r=release: _swept(redis_client, namespace, r))  # type: ignore[misc]
+    finally:
+        gc.enable()
+        swapper.stop()
+
+
+def _swept(client: redis.Redis, namespace: str, release: Release) -> bool:
+    told = progress(client, Keys(namespace), release.space)
+    return told is not None and told.done
 
 
 def test_another_sweeper_goes_on_where_one_died(

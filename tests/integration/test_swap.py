@@ -3,7 +3,6 @@ that is live in the end, whatever happened on the way."""
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,31 +170,6 @@ def test_events_flow_through_a_swap_a_broken_release_and_a_rollback(
         assert worker.error is None
     flips, took_s = metrics.RELEASES_SWAPPED._value.get(), metrics.FLIP_S._sum.get()
     print(f"\n{flips:.0f} flips in {1000 * took_s:.3f} ms")
-
-
-def test_no_release_stays_in_memory_once_another_serves(settings: Settings, base: Release) -> None:
-    chain = [base]
-    for seed in range(3):
-        chain.append(build_turned_release(chain[-1], seed))
-    gc.disable()  # a worker collects in full but once in hours: it must not wait for that
-    try:
-        with LocalWorker(settings) as worker, redis.Redis.from_url(settings.redis.url) as client:
-            traffic = Traffic(settings, films(SEED, HEAVY, LIGHT), per_s=100).start()
-            for release in chain[1:]:
-                # As a restart of Redis: the error, and all that led to it, refer to themselves.
-                client.script_flush()
-                before = applied()
-                eventually("events flow on", lambda before=before: applied() > before)  # type: ignore[misc]
-                left = weakref.ref(worker.updater.catalogue)
-                engine = weakref.ref(worker.updater.catalogue.engine)
-                make_current(release)
-                eventually(f"{release.id} serves", serves(worker, release))
-                eventually("what was before is let go", lambda r=left: r() is None)  # type: ignore[misc]
-                assert engine() is None
-            traffic.finish()
-            assert worker.error is None
-    finally:
-        gc.enable()
 
 
 def swap_to(release: Release, worker: WorkerProcess) -> None:
