@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 from confluent_kafka.admin import AdminClient
@@ -30,7 +30,7 @@ from redis import Redis
 
 from model.item_table import ItemTable
 from model.text import text_version
-from profiles import ProfileReader
+from profiles import NearestItem, ProfileReader
 from profiles.arithmetic import EventColumns
 from profiles.fates import Fates
 from profiles.items import ItemStore
@@ -82,30 +82,27 @@ def main() -> None:
 
 def shoppers(share: float) -> str:
     """Bytes of a profile, loads and saves per second, as profiles become more."""
-    rows = []
-    for full in _SHOPPERS:
-        n = max(100, int(full * share))
-        with _a_redis() as (client, settings):
-            before = _used(client)
-            seconds = _fill(client, settings, n)
-            each = (_used(client) - before) / n
-            rng = np.random.default_rng(0)
-            drawn = rng.choice(n, min(n, _DRAWN), replace=False).tolist()
-            users = [f"shopper-{i}" for i in drawn]
-            loads, saves, state = ceilings.profiles(settings, users, _SPACE, 5.0)
-            get_ms = _gets(settings, users)
-        rows.append(
-            [
-                f"{n:,}", f"{each:,.0f}", f"{each * n / 2**30:.2f} GiB", f"{state:,.0f}",
-                f"{n / seconds:,.0f}", f"{loads:,.0f}", f"{saves:,.0f}",
-                *(f"{np.percentile(get_ms, q):.2f} ms" for q in (50, 99)),
-            ]
-        )  # fmt: skip
     head = [
         "shoppers", "bytes each", "Redis", "of these state", "filled/s", "loads/s",
         "fenced saves/s", "`get` p50", "p99",
     ]  # fmt: skip
-    return report.table(head, rows)
+    return report.table(head, [_of_shoppers(max(100, int(n * share))) for n in _SHOPPERS])
+
+
+def _of_shoppers(n: int) -> list[str]:
+    with _a_redis() as (client, settings):
+        before = _used(client)
+        seconds = _fill(client, settings, n)
+        each = (_used(client) - before) / n
+        rng = np.random.default_rng(0)
+        drawn = rng.choice(n, min(n, _DRAWN), replace=False).tolist()
+        users = [f"shopper-{i}" for i in drawn]
+        loads, saves, state = ceilings.profiles(settings, users, _SPACE, 5.0)
+        get_ms = _gets(settings, users)
+    return [
+        f"{n:,}", f"{each:,.0f}", f"{each * n / 2**30:.2f} GiB", f"{state:,.0f}",
+        f"{n / seconds:,.0f}", f"{loads:,.0f}", f"{saves:,.0f}", *_p50_p99(get_ms),
+    ]  # fmt: skip
 
 
 def _fill(client: Redis, settings: Settings, n: int) -> float:
@@ -172,36 +169,34 @@ def _gets(settings: Settings, users: Sequence[str]) -> list[float]:
 
 def catalogue(share: float) -> str:
     """Bytes of an item, items put per second, nearest items, and the worker's table."""
-    rows = []
-    for full in _ITEMS:
-        n = max(100, int(full * share))
-        vectors = _clustered(n)
-        with _a_redis() as (client, settings):
-            before = _used(client)
-            begin_s = time.perf_counter()
-            ids = _put(client, settings, vectors)
-            seconds = time.perf_counter() - begin_s
-            each = (_used(client) - before) / n
-            with ProfileReader(settings.redis.url, settings.namespace) as reader:
-                space = f"{_SPACE:016x}"
-                near_ms = _timed(lambda i: reader.items_near(vectors[i % n], space), _ASKED)
-                recall = np.mean([
-                    _overlap(reader.items_near(vectors[i], space), ids, vectors, i)
-                    for i in range(0, n, max(1, n // 50))
-                ])  # fmt: skip
-        look_ms, table_mb = _table(n, vectors)
-        rows.append(
-            [
-                f"{n:,}", f"{each:,.0f}", f"{n / seconds:,.0f}",
-                *(f"{np.percentile(near_ms, q):.2f} ms" for q in (50, 99)),
-                f"{recall:.3f}", f"{np.median(look_ms):.2f} ms", f"{table_mb:,.0f} MB",
-            ]
-        )  # fmt: skip
     head = [
         "items", "bytes each in Redis", "put and indexed/s", "10 nearest, p50", "p99",
         "of the true 10", "a worker looks 4,096 up in", "its table",
     ]  # fmt: skip
-    return report.table(head, rows)
+    return report.table(head, [_of_items(max(100, int(n * share))) for n in _ITEMS])
+
+
+def _of_items(n: int) -> list[str]:
+    vectors, space = _clustered(n), f"{_SPACE:016x}"
+    with _a_redis() as (client, settings):
+        before = _used(client)
+        begin_s = time.perf_counter()
+        ids = _put(client, settings, space, vectors)
+        seconds = time.perf_counter() - begin_s
+        each = (_used(client) - before) / n
+        with ProfileReader(settings.redis.url, settings.namespace) as reader:
+
+            def near(row: int) -> list[NearestItem]:
+                return reader.items_near(vectors[row % n], space)
+
+            near_ms = _timed(near, _ASKED)
+            rows = range(0, n, max(1, n // 50))
+            found = np.mean([_overlap(near(row), ids, vectors, row) for row in rows])
+    look_ms, table_mb = _table(n, vectors)
+    return [
+        f"{n:,}", f"{each:,.0f}", f"{n / seconds:,.0f}", *_p50_p99(near_ms), f"{found:.3f}",
+        f"{np.median(look_ms):.2f} ms", f"{table_mb:,.0f} MB",
+    ]  # fmt: skip
 
 
 def _clustered(n: int) -> Any:
@@ -213,7 +208,7 @@ def _clustered(n: int) -> Any:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def _put(client: Redis, settings: Settings, vectors: Any) -> list[str]:
+def _put(client: Redis, settings: Settings, space: str, vectors: Any) -> list[str]:
     store = ItemStore(client, Keys(settings.namespace))
     ids = [f"item-{i}" for i in range(len(vectors))]
     for start in range(0, len(ids), _AT_ONCE):
@@ -221,7 +216,7 @@ def _put(client: Redis, settings: Settings, vectors: Any) -> list[str]:
         records = [ItemRecord(i, f"Article {i} of a shop", ("Kind", "Sort")) for i in ids[part]]
         versions = [text_version(record.title) for record in records]
         store.put(records, versions, [None] * len(records))
-        store.put_vectors(f"{_SPACE:016x}", ids[part], versions, vectors[part])
+        store.put_vectors(space, ids[part], versions, vectors[part])
     return ids
 
 
@@ -250,38 +245,34 @@ def _table(n: int, vectors: Any) -> tuple[list[float], float]:
 def rate(share: float) -> str:
     """Cores in use and freshness, as events become more."""
     rows = []
-    with pipeline.open_bench(fresh_s=_RATE_S) as bench, _draining(bench, 1, {}, share) as run:
+    with pipeline.open_bench(fresh_s=0.0) as bench, _draining(bench, 1, {}, share) as run:
         run.drained()
         first = run.events
         for per_s in _RATES:
             load = watching.Load("spread", first, per_s * max(share, 0.1), _RATE_S)
             first += int(load.rate * load.seconds)
-            began: dict[str, float] = {}
-            begin_s = 0.0
-
-            def begin(began: dict[str, float] = began) -> None:
-                began.update(run.spent(), at=time.perf_counter())
-
-            fresh = watching.freshness(
-                run.client, run.workers[0], run.settings.kafka.client_config(),
-                run.settings.namespace, load, pipeline.probe_of(run.penchant, run.settings),
-                shoppers=f"probe-{per_s}", began=begin,
-            )  # fmt: skip
-            begin_s = began.pop("at")
-            seconds = time.perf_counter() - begin_s
-            used = {name: (now - began[name]) / seconds for name, now in run.spent().items()}
-            ms = [probe.fresh_ms for probe in fresh]
-            rows.append(
-                [
-                    f"{load.rate:,.0f}", *(f"{np.percentile(ms, q):,.0f} ms" for q in (50, 99)),
-                    *(f"{used[name]:.2f}" for name in ("worker 1", "redis", "broker")),
-                    f"{1e6 * sum(used.values()) / load.rate:.1f} us",
-                ]
-            )  # fmt: skip
+            rows.append(_of_rate(run, load))
     head = [
         "events/s", "fresh in, p50", "p99", "cores: worker", "Redis", "broker", "all, an event",
     ]  # fmt: skip
     return report.table(head, rows)
+
+
+def _of_rate(run: _Run, load: watching.Load) -> list[str]:
+    began: dict[str, float] = {}
+    probes = watching.freshness(
+        run.client, run.workers[0], run.settings.kafka.client_config(),
+        run.settings.namespace, load, pipeline.probe_of(run.penchant, run.settings),
+        shoppers=f"probe-{load.first}", began=lambda: began.update(run.spent()),
+    )  # fmt: skip
+    seconds = load.seconds * (1 - watching.SETTLING)  # what came later belongs to these events, too
+    used = {name: (now_s - began[name]) / seconds for name, now_s in run.spent().items()}
+    return [
+        f"{load.rate:,.0f}",
+        *(f"{np.percentile([p.fresh_ms for p in probes], q):,.0f} ms" for q in (50, 99)),
+        *(f"{used[name]:.2f}" for name in ("worker 1", "redis", "broker")),
+        f"{1e6 * sum(used.values()) / load.rate:.1f} us",
+    ]
 
 
 def partitions(share: float) -> str:
@@ -421,7 +412,11 @@ def _a_redis() -> Iterator[tuple[Redis, Settings]]:
 
 
 def _used(client: Redis) -> int:
-    return int(cast(dict[str, Any], client.info("memory"))["used_memory"])
+    return int(client.info("memory")["used_memory"])
+
+
+def _p50_p99(ms: Sequence[float]) -> list[str]:
+    return [f"{np.percentile(ms, q):.2f} ms" for q in (50, 99)]
 
 
 def _timed(call: Callable[[int], object], times: int) -> list[float]:

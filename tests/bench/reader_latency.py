@@ -31,7 +31,7 @@ from stream.producer import EventProducer
 from stream.settings import Settings
 
 from . import report, watching, workloads
-from .pipeline import PIPELINES, Bench, pid, counted_by, open_bench
+from .pipeline import PIPELINES, Bench, counted_by, open_bench, pid
 
 _EVENTS: Final = 300_000  # of the backlog: every profile has a few
 _SHARE: Final = 0.8

@@ -88,7 +88,7 @@ def stream(name: str, data: Dataset, first: int = 0) -> Iterator[Record]:
         round_, at = divmod(i, len(recorded))
         event, form = recorded[at]
         user = b"shopper-%d" % (i % SPREAD_SHOPPERS) if name == "spread" else event.user_id.encode()
-        event_id = b"%b-%d" % (event.event_id.encode(), round_)
+        event_id = f"{event.event_id}-{round_}".encode()
         ts = event.ts + round_ * span_ms
         yield user, form % {b"user": user, b"id": event_id, b"ts": ts}
 
