@@ -5,7 +5,8 @@
 
 Prints and never asserts. In each repeat every pipeline starts as a process of its own on a topic
 that is full already; it is measured from the first event that can be read in Redis to the last.
-Then, at shares of the rate it just reached, events are produced live and probes measure freshness.
+Then, in the first repeat, events are produced live at shares of the rate it just reached, and
+probes measure freshness.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class Reading:
     events: int
     counted: int  # events that the profiles say they hold
     rate: float  # events/s
-    fresh_ms: Mapping[float, list[float]]  # share of that rate -> one per probe
+    fresh_ms: Mapping[float, list[float]]
+    """Share of that rate -> one per probe; empty but in the first repeat."""
     cpu_s: dict[str, float]  # per million events, of worker, broker, Redis
     peak_mb: float  # of the worker
 
@@ -195,7 +197,7 @@ def measure_all(
         for name in names:
             for pipeline in pipelines:
                 events = int(pipeline.events[name] * share)
-                reading, top = measure(bench, pipeline, name, events)
+                reading, top = measure(bench, pipeline, name, events, LOADS if not repeat else ())
                 readings.append(reading)
                 tops += top
                 _say(f"{repeat + 1}/{repeats} {report.one_line(reading)}")
@@ -203,7 +205,7 @@ def measure_all(
 
 
 def measure(
-    bench: Bench, pipeline: Pipeline, name: str, events: int
+    bench: Bench, pipeline: Pipeline, name: str, events: int, loads: Sequence[float]
 ) -> tuple[Reading, list[ceilings.Ceilings]]:
     """One reading; for Penchant on `spread` also the ceilings, of the same records and profiles."""
     with bench.shop() as (settings, environment), Redis.from_url(bench.redis.url) as client:
@@ -230,7 +232,7 @@ def measure(
             drained = watching.drain(client, process, pids, total, keys[:at], keys[at:], counted)
             in_all = counted()
             top = watching.Load(name, events, drained.rate, bench.fresh_s)
-            fresh_ms = _fresh(pipeline, settings, client, process, top)
+            fresh_ms = _fresh(pipeline, settings, client, process, top, loads)
             peak = watching.peak_mb(process.pid)
         million = drained.events / 1e6
         reading = Reading(
@@ -256,11 +258,12 @@ def _fresh(
     client: Redis,
     process: watching.PipelineProcess,
     top: watching.Load,
+    loads: Sequence[float],
 ) -> dict[float, list[float]]:
     """Share of `top`'s rate -> how fresh each probe was."""
     fresh_ms: dict[float, list[float]] = {}
     load = replace(top, rate=0.0)
-    for share in LOADS:
+    for share in loads:
         first = load.first + int(load.rate * load.seconds)
         load = replace(top, first=first, rate=top.rate * share)
         probes = watching.freshness(

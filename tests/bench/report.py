@@ -36,7 +36,7 @@ def one_line(reading: Reading) -> str:
     lost = "" if reading.counted == reading.events else f" COUNTED {reading.counted:,}"
     return (
         f"{reading.workload} {reading.pipeline}: {reading.events:,} events{lost}, "
-        f"{reading.rate:,.0f}/s; fresh in (p50 and p99) {fresh}; "
+        f"{reading.rate:,.0f}/s; fresh in (p50, p99): {fresh or '-'}; "
         f"CPU {reading.cpu_s['worker']:.0f} s/million; {reading.peak_mb:,.0f} MB"
     )
 
@@ -116,21 +116,20 @@ def _table(workload: str, readings: Sequence[Reading]) -> str:
 
 
 def _freshness(readings: Sequence[Reading]) -> str:
-    """p50, p99 and p99.9 at each load: p99.9 of all repeats' probes together, which are few."""
-    shares = list(readings[0].fresh_ms)
-    rows = []
-    for name in dict.fromkeys(r.pipeline for r in readings):
-        row = [name]
-        for share in shares:
-            each = [r.fresh_ms[share] for r in readings if r.pipeline == name]
-            p50, p99 = (
-                statistics.median(float(np.percentile(ms, q)) for ms in each) for q in (50, 99)
-            )
-            last = float(np.percentile(np.concatenate(each), 99.9))
-            row.append(", ".join(_ms(value) for value in (p50, p99, last)))
-        rows.append(row)
-    head = ["fresh in: p50, p99, p99.9", *(f"at {share:.0%} of its rate" for share in shares)]
-    return table(head, rows)
+    """p50, p99 and p99.9 of the probes at each load."""
+    probed = [r for r in readings if r.fresh_ms]
+    rows = [
+        [
+            reading.pipeline,
+            *(
+                ", ".join(_ms(float(np.percentile(ms, q))) for q in (50, 99, 99.9))
+                for ms in reading.fresh_ms.values()
+            ),
+        ]
+        for reading in probed
+    ]
+    head = [f"at {share:.0%} of its rate" for share in probed[0].fresh_ms]
+    return table(["fresh in: p50, p99, p99.9", *head], rows)
 
 
 def _ms(value: float) -> str:
