@@ -5,7 +5,7 @@ dense, so a catalogue of more than `MOST_ITEMS` items is refused: these are yard
 recorded sets, not what serves a shop.
 
 Only events with an item and a positive weight count; text profiles take negative weights too.
-Neural yardsticks (SASRec, GRU4Rec) live beside the benchmarks, because nothing serves them.
+Neural yardsticks stand in `sequence_baselines.py`, because they need torch and a training.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,10 @@ from .errors import UserError
 from .feeding_cli import Columns, EventType, UtcOffset
 from .settings import Settings
 from .terminal import console, progresses
+
+if TYPE_CHECKING:
+    from .evaluation import Make
+    from .evaluation_data import Recorded
 
 
 def evaluate(
@@ -28,6 +32,9 @@ def evaluate(
     text: Annotated[bool, typer.Option(help="With the baselines that need the encoder.")] = True,
     learn: Annotated[
         bool, typer.Option("--learn", help="With the whole profile, as it learns.")
+    ] = False,
+    networks: Annotated[
+        bool, typer.Option("--networks", help="With SASRec and GRU4Rec, trained as time goes by.")
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw Recall@20 over event time into this PNG.")
@@ -59,7 +66,8 @@ def evaluate(
         if text:
             told = report("encoding the catalogue")
             texts = encoded(data.texts, settings.model, settings.stream.data_dir, told)
-        found = evaluated(data, texts, {}, folder if learn else None, progress=report)
+        more = _networks(data, settings) if networks else {}
+        found = evaluated(data, texts, more, folder if learn else None, progress=report)
     if as_json:
         print(json.dumps(for_programs(found), ensure_ascii=False))
     elif console.is_terminal:
@@ -70,3 +78,13 @@ def evaluate(
         from .evaluation_plot import draw
 
         draw(found, plot)
+
+
+def _networks(data: Recorded, settings: Settings) -> dict[str, Make]:
+    import torch
+
+    from model import sequence_baselines
+
+    # Their batches are small: more threads would wait for each other.
+    torch.set_num_threads(settings.model.threads or 1)
+    return sequence_baselines.networks(len(data.item_ids), only_order=data.only_order)

@@ -62,7 +62,7 @@ def measure(settings: Settings, users: Sequence[str], events: int, space: str) -
     scanner.scan([], [], 0)  # compiled
     consumed = _consume(settings, events, lambda messages: None)
     parsed = _consume(settings, events, parse)
-    return Ceilings(consumed, parsed, *_profiles(settings, users, int(space, 16)))
+    return Ceilings(consumed, parsed, *profiles(settings, users, int(space, 16)))
 
 
 def _consume(settings: Settings, events: int, work: Callable[[Any], None]) -> float:
@@ -85,7 +85,9 @@ def _consume(settings: Settings, events: int, work: Callable[[Any], None]) -> fl
     return events / seconds
 
 
-def _profiles(settings: Settings, users: Sequence[str], space: int) -> tuple[float, float, float]:
+def profiles(
+    settings: Settings, users: Sequence[str], space: int, seconds: float = _SECONDS
+) -> tuple[float, float, float]:
     """Loads per second, saves per second, mean bytes of the state field."""
     client = settings.redis.connection().open()
     keys = Keys(settings.namespace)
@@ -100,7 +102,7 @@ def _profiles(settings: Settings, users: Sequence[str], space: int) -> tuple[flo
     batches = [users[i : i + size] for i in range(0, len(users), size)]
     load_s: list[float] = []
     save_s: list[float] = []
-    done, saved, until_s = 0, 0, time.perf_counter() + _SECONDS
+    done, saved, until_s = 0, 0, time.perf_counter() + seconds
     with ThreadPoolExecutor(LANES) as lanes:
         while time.perf_counter() < until_s:
             batch = batches[len(load_s) % len(batches)]
@@ -110,7 +112,7 @@ def _profiles(settings: Settings, users: Sequence[str], space: int) -> tuple[flo
             loaded = list(lanes.map(store._fetch, parts))
             load_s.append(time.perf_counter() - begin_s)
             packed = [
-                _packed(store, part, rows, _clicks(len(part), len(load_s), layout), space)
+                _packed(store, part, rows, clicks(len(part), len(load_s), layout), space)
                 for part, rows in zip(parts, loaded, strict=True)
             ]
             begin_s = time.perf_counter()
@@ -136,7 +138,7 @@ def _packed(
     return folded
 
 
-def _clicks(n: int, turn: int, layout: Layout) -> EventColumns:
+def clicks(n: int, turn: int, layout: Layout) -> EventColumns:
     """One event for each of n users."""
     d = layout.dimensions
     return EventColumns(

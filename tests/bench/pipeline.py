@@ -5,7 +5,8 @@
 
 Prints and never asserts. In each repeat every pipeline starts as a process of its own on a topic
 that is full already; it is measured from the first event that can be read in Redis to the last.
-Then, at half of the rate it just reached, events are produced live and probes measure freshness.
+Then, in the first repeat, events are produced live at shares of the rate it just reached, and
+probes measure freshness.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -45,6 +46,8 @@ from . import ceilings, report, rivals, watching, workloads
 ROOT: Final = Path(__file__).resolve().parents[2]
 RELEASES: Final = ROOT / ".penchant/bench/releases"
 WORKLOADS: Final = ("bursty", "spread")
+LOADS: Final = (0.2, 0.5, 0.8)
+"""Of the rate at which a pipeline worked off its backlog, while nothing was produced beside it."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ class Reading:
     events: int
     counted: int  # events that the profiles say they hold
     rate: float  # events/s
-    half_rate: float  # events/s produced while freshness was measured
-    fresh_ms: list[float]  # one per probe
+    fresh_ms: Mapping[float, list[float]]
+    """Share of that rate -> one per probe; empty but in the first repeat."""
     cpu_s: dict[str, float]  # per million events, of worker, broker, Redis
     peak_mb: float  # of the worker
 
@@ -129,8 +132,11 @@ class Bench:
     fresh_s: float
 
     @contextlib.contextmanager
-    def shop(self) -> Iterator[tuple[Settings, dict[str, str]]]:
-        """Topics and an empty Redis of one reading; its settings, also as an environment."""
+    def shop(
+        self, more: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[Settings, dict[str, str]]]:
+        """Topics and an empty Redis of one reading; its settings, also as an environment.
+        `more` of them."""
         environment = {
             "NAMESPACE": f"bench-{uuid.uuid4().hex[:8]}",
             "KAFKA_BOOTSTRAP": self.kafka.bootstrap,
@@ -140,8 +146,9 @@ class Bench:
             "BENCH_CATALOGUE": str(self.folder / "catalogue.json"),
             "BENCH_VECTORS": str(self.folder / "vectors.npy"),
             "BENCH_DATA_DIR": str(self.folder / "faust"),
+            **(more or {}),
         }
-        with _environment(environment):
+        with in_environment(environment):
             settings = Settings()
         create_topics(settings)
         with Redis.from_url(self.redis.url) as client:
@@ -190,7 +197,7 @@ def measure_all(
         for name in names:
             for pipeline in pipelines:
                 events = int(pipeline.events[name] * share)
-                reading, top = measure(bench, pipeline, name, events)
+                reading, top = measure(bench, pipeline, name, events, LOADS if not repeat else ())
                 readings.append(reading)
                 tops += top
                 _say(f"{repeat + 1}/{repeats} {report.one_line(reading)}")
@@ -198,7 +205,7 @@ def measure_all(
 
 
 def measure(
-    bench: Bench, pipeline: Pipeline, name: str, events: int
+    bench: Bench, pipeline: Pipeline, name: str, events: int, loads: Sequence[float]
 ) -> tuple[Reading, list[ceilings.Ceilings]]:
     """One reading; for Penchant on `spread` also the ceilings, of the same records and profiles."""
     with bench.shop() as (settings, environment), Redis.from_url(bench.redis.url) as client:
@@ -214,8 +221,8 @@ def measure(
         with process:
             pids = {
                 "worker": process.pid,
-                "broker": _pid(bench.kafka),
-                "redis": _pid(bench.redis),
+                "broker": pid(bench.kafka),
+                "redis": pid(bench.redis),
             }
             at, total = len(work.starts), len(work.records)
 
@@ -224,10 +231,8 @@ def measure(
 
             drained = watching.drain(client, process, pids, total, keys[:at], keys[at:], counted)
             in_all = counted()
-            load = watching.Load(name, events, drained.rate / 2, bench.fresh_s)
-            probes = watching.freshness(
-                client, process, kafka, settings.namespace, load, probe_of(pipeline, settings)
-            )
+            top = watching.Load(name, events, drained.rate, bench.fresh_s)
+            fresh_ms = _fresh(pipeline, settings, client, process, top, loads)
             peak = watching.peak_mb(process.pid)
         million = drained.events / 1e6
         reading = Reading(
@@ -236,8 +241,7 @@ def measure(
             events=total,
             counted=in_all,
             rate=drained.rate,
-            half_rate=load.rate,
-            fresh_ms=[probe.fresh_ms for probe in probes],
+            fresh_ms=fresh_ms,
             cpu_s={process: seconds / million for process, seconds in drained.cpu_s.items()},
             peak_mb=peak,
         )
@@ -246,6 +250,28 @@ def measure(
             users = list(dict.fromkeys(key.decode() for key, _ in work.records))
             tops = [ceilings.measure(settings, users, total, bench.space)]
     return reading, tops
+
+
+def _fresh(
+    pipeline: Pipeline,
+    settings: Settings,
+    client: Redis,
+    process: watching.PipelineProcess,
+    top: watching.Load,
+    loads: Sequence[float],
+) -> dict[float, list[float]]:
+    """Share of `top`'s rate -> how fresh each probe was."""
+    fresh_ms: dict[float, list[float]] = {}
+    load = replace(top, rate=0.0)
+    for share in loads:
+        first = load.first + int(load.rate * load.seconds)
+        load = replace(top, first=first, rate=top.rate * share)
+        probes = watching.freshness(
+            client, process, settings.kafka.client_config(), settings.namespace, load,
+            probe_of(pipeline, settings), shoppers=f"probe-{100 * share:.0f}",
+        )  # fmt: skip
+        fresh_ms[share] = [probe.fresh_ms for probe in probes]
+    return fresh_ms
 
 
 def counted_by(client: Redis, pipeline: Pipeline, namespace: str) -> int:
@@ -269,7 +295,7 @@ def probe_of(pipeline: Pipeline, settings: Settings) -> tuple[str, bytes]:
     return pipeline.profile_key % (settings.namespace, "%s"), value
 
 
-def _pid(server: ApacheKafka | RedisServer) -> int:
+def pid(server: ApacheKafka | RedisServer) -> int:
     identity = server.processes[0].identity
     assert identity is not None
     return identity.pid
@@ -305,7 +331,7 @@ def open_bench(fresh_s: float) -> Iterator[Bench]:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def in_environment(values: Mapping[str, str]) -> Iterator[None]:
     import os
 
     before = dict(os.environ)

@@ -31,7 +31,7 @@ from stream.producer import EventProducer
 from stream.settings import Settings
 
 from . import report, watching, workloads
-from .pipeline import PIPELINES, Bench, _pid, counted_by, open_bench
+from .pipeline import PIPELINES, Bench, counted_by, open_bench, pid
 
 _EVENTS: Final = 300_000  # of the backlog: every profile has a few
 _SHARE: Final = 0.8
@@ -78,7 +78,7 @@ def _measured(bench: Bench) -> str:
             bench.folder / "worker.log",
         )
         with process:
-            pids = {"worker": process.pid, "redis": _pid(bench.redis)}
+            pids = {"worker": process.pid, "redis": pid(bench.redis)}
             drained = watching.drain(
                 client, process, pids, len(work.records), keys[:at], keys[at:],
                 lambda: counted_by(client, penchant, settings.namespace),

@@ -31,6 +31,9 @@ PRODUCER: Final = {"compression.type": "none"}
 # Probes are sent at once.
 _PATIENT: Final = {"linger.ms": 50}
 
+SETTLING: Final = 0.2
+"""The share of a load that passes before it is probed."""
+
 _POLL_S: Final = 0.005
 _PROBE_POLL_S: Final = 0.002
 _PROBES_PER_S: Final = 50.0
@@ -202,7 +205,7 @@ def freshness(
     while not ready.wait(1):
         if not producing.is_alive():
             raise SystemExit("the producer of the load ended")
-    settling_s = load.seconds / 5
+    settling_s = load.seconds * SETTLING
     time.sleep(settling_s)
     try:
         measured_s = load.seconds - settling_s

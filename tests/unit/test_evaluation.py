@@ -38,6 +38,7 @@ from stream.evaluation_data import Encoded, Recorded, recorded
 from stream.evaluation_view import as_json, plain, render
 
 ITEMS, USERS, DAYS, DAY_MS = 30, 25, 16, 86_400_000
+NETWORKS = {"GRU4Rec", "SASRec (BCE, as published)", "SASRec (sampled softmax)"}
 RANKED = USERS * DAYS * 60 // 100  # the first 40 % are only learned from
 
 
@@ -212,6 +213,11 @@ def test_the_command_prints_a_table_of_the_set_it_was_given(tmp_path: Path) -> N
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
     assert found["dataset"] == "tiny"
     assert len(found["sections"]) == 2
+    assert not {row["name"] for row in found["sections"][0]["rows"]} & NETWORKS
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--networks", "--json"]).output)
+    for section in found["sections"]:
+        rows = {row["name"]: row["metrics"] for row in section["rows"]}
+        assert all(rows[name]["recall@10"]["value"] > 0 for name in NETWORKS)
 
 
 def test_the_command_reads_a_file_of_anybodys(tmp_path: Path) -> None:

@@ -10,20 +10,19 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from stream.evaluation_plot import draw
-from stream.evaluation_view import as_json
 from stream.settings import Settings
 from tests.bench.report import commit, cpu_model, memory_gb, write
 
-from .run import measured
-
 DOCS: Final = Path(__file__).parents[3] / "docs"
+WITH: Final = ("--learn", "--networks")
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def main() -> None:
     for name in given.names or SETS:
         of = SETS[name]
         began, at_commit = datetime.now(UTC), commit()
-        report = measured(of.dataset, [given.data / file for file in of.files] or None)
-        found = as_json(report) | {
+        found = _evaluated(of, given.data) | {
             "about": {
                 "date": f"{began:%Y-%m-%d}",
                 "commit": at_commit,
@@ -76,9 +74,17 @@ def main() -> None:
             }
         }
         (kept / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
-        if of.plot:
-            draw(report, DOCS / of.plot)
     write(DOCS / "evaluation.md", "\n\n".join(_page(kept)))
+
+
+def _evaluated(of: Set, data: Path) -> dict[str, Any]:
+    """What the command says that the page names."""
+    files = [word for file in of.files for word in ("--path", str(data / file))]
+    plot = ["--plot", str(DOCS / of.plot)] if of.plot else []
+    command = [sys.executable, "-m", "stream.cli", "eval", of.dataset, *files, *WITH, *plot]
+    answer = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(answer.stdout)
+    return found
 
 
 def _page(kept: Path) -> Iterator[str]:
@@ -88,11 +94,11 @@ def _page(kept: Path) -> Iterator[str]:
             continue
         found = json.loads(file.read_text(encoding="utf-8"))
         about = found["about"]
-        command = " ".join([of.dataset, *(f"--path {path}" for path in of.files)])
+        command = " ".join(["penchant eval", of.dataset, *(f"--path {f}" for f in of.files), *WITH])
         yield f"### {of.title}"
         yield (
             f"{about['date']}, commit {about['commit']}, {about['machine']}, {about['minutes']} "
-            f"minutes: `python -m tests.bench.quality {command}`"
+            f"minutes: `{command}`"
         )
         if of.plot:
             yield f"![Recall@20 over event time]({of.plot})"

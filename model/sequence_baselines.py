@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -29,15 +30,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.baselines import baskets
-from model.evaluate import Floats, Int32s, Ints
-from model.prequential import NO_ITEM, Events
+from .baselines import DAY_MS, baskets
+from .evaluate import Floats, Int32s, Ints
+from .prequential import NO_ITEM, Events, Scorer
 
 Loss = Literal["bce", "softmax"]
 
 _BATCH = 32  # small batches and more steps learn faster here than the 128 of the papers
 _NEGATIVES = 512
 _CLIP = 5.0
+_EVERY_MS: Final = 28 * DAY_MS
+_FIRST_EPOCHS, _EPOCHS = 10, 2
+
+
+def networks(n_items: int, *, only_order: bool) -> dict[str, Callable[[], Scorer]]:
+    """Name -> what makes the scorer; trained every four weeks of event time. `only_order`: a set
+    without times, where all is told at once, and that is when they are trained."""
+    schedule = Schedule(0.0 if only_order else _EVERY_MS, _FIRST_EPOCHS, _EPOCHS)
+    dropout = 0.5 if only_order else 0.2
+
+    def sasrec(loss: Loss) -> Neural:
+        return Neural(partial(SASRec, dropout=dropout), n_items, schedule, loss=loss)
+
+    return {
+        "GRU4Rec": lambda: Neural(partial(GRU4Rec, dropout=dropout), n_items, schedule),
+        "SASRec (BCE, as published)": lambda: sasrec("bce"),
+        "SASRec (sampled softmax)": lambda: sasrec("softmax"),
+    }
 
 
 class _Block(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model.prequential import Events
-from tests.bench.quality.neural import GRU4Rec, Loss, Neural, SASRec, Schedule
+from model.sequence_baselines import GRU4Rec, Loss, Neural, SASRec, Schedule
 
 torch.set_num_threads(1)  # on a busy machine, threads spend their time waiting for each other
 
