@@ -534,6 +534,8 @@ class Archive:
         """`on_progress` is called with each segment that is read or written: long work that still
         moves can be told from work that hangs."""
         self.store = store
+        self.passed_over: set[str] = set()
+        """Names of damaged segments that `read` left out."""
         self._on_progress = on_progress
         self._commands: dict[str, list[Command]] | None = None  # see `_remember`
 
@@ -866,6 +868,7 @@ class Archive:
             try:
                 tables.append(self._load(segment, columns))
             except SegmentDamaged as error:
+                self.passed_over.add(segment.name)
                 log.warning("%s", error)
         return pa.concat_tables(tables)
 

@@ -47,6 +47,7 @@ SNAPSHOT: Final = "snapshot "  # and its address
 _NEAR_RECORDS: Final = 1_000
 # How far a generation is, beside the topic: in its marks.
 _SEEDED: Final = "seeded"
+_NAMED: Final = 10  # damaged segments in a message
 _PARTS: Final = "archive parts"
 _COUNT: Final = "archive parts in all"
 _END: Final = "archived to"
@@ -105,16 +106,23 @@ class Rebuild:
     """One process', of one namespace: `with Rebuild(…) as rebuild: rebuild.everybody(…)`."""
 
     def __init__(
-        self, settings: Settings, source: str, begin: Callable[[str], Report], *, per_s: float = 0
+        self,
+        settings: Settings,
+        source: str,
+        begin: Callable[[str], Report],
+        *,
+        per_s: float = 0,
+        incomplete: bool = False,
     ) -> None:
         """source: TOPIC, ARCHIVE, or SNAPSHOT with the address of one. `begin`: what -> where to
-        report progress. per_s: events folded per second at most; 0: as many as go. Raises
-        UserError, ModelError, ProfilesError."""
+        report progress. per_s: events folded per second at most; 0: as many as go. incomplete:
+        from an archive with damaged segments, too. Raises UserError, ModelError, ProfilesError."""
         stream = settings.stream.model_copy(update={"max_reject_share": 1.0, "outlook_share": 0.0})
         self._settings = settings = settings.model_copy(update={"stream": stream})
         self._source = source
         self._begin = begin
         self._per_s = per_s
+        self._incomplete = incomplete
         self._topic = find_topic(settings)
         self._reader = TopicReader(settings, self._topic)
         self._engine = build_engine(settings)
@@ -252,7 +260,7 @@ class Rebuild:
     def _made_from(self, user: str) -> dict[str, str]:
         rules = key64(self._settings.profile.model_dump_json())
         return {
-            "source": self._source,
+            "source": f"{self._source}, incomplete" if self._incomplete else self._source,
             "user": user,
             "rules": f"{rules:016x}",
             "space": self._engine.space,
@@ -311,6 +319,8 @@ class Rebuild:
             archive, folder, ends, making.user, report, latest_ms, making.progress(_COUNT)
         )
         try:
+            if not self._incomplete:
+                _require_whole(archive)
             making.note(_COUNT, parts.count)
             weights = event_weights(settings.profile.weights)
             report = self._begin("folding the archive")
@@ -380,6 +390,21 @@ def require_readable(settings: Settings, number: int) -> None:
     found, _ = marks.claim(list(topic.sources))
     with closing(TopicReader(settings, topic)) as reader:
         reader.require({p: found.get(source, 0) for source, p in topic.sources.items()})
+
+
+def _require_whole(archive: Archive) -> None:
+    """UserError where segments of an archive that was read are damaged, or were set aside as such
+    and not restored: nothing else would tell of their events if Redis lost the profiles."""
+    there = archive.segments()
+    missing = [name for name, was in archive.set_aside().items() if was not in there]
+    missing += archive.passed_over
+    if missing:
+        raise UserError(
+            f"{len(missing):,} segments of the archive are damaged, and their events would be "
+            f"missing from profiles: {', '.join(sorted(missing)[:_NAMED])}"
+            f"{', …' if len(missing) > _NAMED else ''}; restore them from a copy, or leave these "
+            "events out with --incomplete"
+        )
 
 
 class _Making:

@@ -51,6 +51,9 @@ def rebuild(
     source: Annotated[
         From, typer.Option("--from", help="archive: where the topic lacks the beginning.")
     ] = From.topic,
+    incomplete: Annotated[
+        bool, typer.Option("--incomplete", help="archive: without what damaged segments held.")
+    ] = False,
     flip: Flip = True,
     per_s: PerS = 0.0,
 ) -> None:
@@ -61,18 +64,23 @@ def rebuild(
 
         with (
             progresses() as begin,
-            Rebuild(load_settings(), source.value, begin, per_s=per_s) as one,
+            Rebuild(
+                load_settings(), source.value, begin, per_s=per_s, incomplete=incomplete
+            ) as one,
         ):
             one.one(user)
         console.print(f"the profile of {plain(user)} is rebuilt", highlight=False)
         return
-    _make(source.value, flip=flip, per_s=per_s)
+    _make(source.value, flip=flip, per_s=per_s, incomplete=incomplete)
 
 
-def _make(source: str, *, flip: bool, per_s: float) -> None:
+def _make(source: str, *, flip: bool, per_s: float, incomplete: bool = False) -> None:
     from .rebuild import Rebuild
 
-    with progresses() as begin, Rebuild(load_settings(), source, begin, per_s=per_s) as making:
+    with (
+        progresses() as begin,
+        Rebuild(load_settings(), source, begin, per_s=per_s, incomplete=incomplete) as making,
+    ):
         outcome = making.everybody(flip=flip)
     _show_outcome(outcome, wanted=flip)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from confluent_kafka.admin import AdminClient
 from model.releases import Release
 from profiles import ProfileReader
 from profiles.errors import ProfileNotFound
-from profiles.generations import BEFORE, GOING, LIVE, READY, Generations
+from profiles.generations import BEFORE, BUILDING, GOING, LIVE, READY, Generations
 from profiles.schema import Keys
 from stream import dead_letter
 from stream.errors import UserError
@@ -105,8 +106,10 @@ class Shop:
         self.send(number).finish()
         wait_until_folded(self.settings)
 
-    def rebuild(self, source: str = TOPIC, *, flip: bool = True, per_s: float = 0) -> Outcome:
-        with Rebuild(self.settings, source, _silent, per_s=per_s) as rebuild:
+    def rebuild(
+        self, source: str = TOPIC, *, flip: bool = True, per_s: float = 0, incomplete: bool = False
+    ) -> Outcome:
+        with Rebuild(self.settings, source, _silent, per_s=per_s, incomplete=incomplete) as rebuild:
             return rebuild.everybody(flip=flip)
 
     def rebuild_one(self, user: str, source: str = TOPIC) -> None:
@@ -118,6 +121,10 @@ class Shop:
 
     def stored(self, generation: int | None = None) -> dict[str, Any]:
         return stored_profiles(self.client, self.settings.namespace, generation)
+
+    def events(self, generation: int | None = None) -> int:
+        """That all profiles together hold."""
+        return sum(profile.events for profile in self.stored(generation).values())
 
     def assert_all_right(self, expected: dict[str, oracle.Expected] | None = None) -> None:
         """Every live profile as the oracle has it, within a minute."""
@@ -410,6 +417,35 @@ def test_an_archive_that_lost_its_beginning_takes_no_profiles_place(shop: Shop) 
     first.write_bytes(held)
     assert shop.rebuild(ARCHIVE).flipped  # made from the beginning
     assert shop.generations.states() == {0: BEFORE, 1: GOING, 2: LIVE}
+
+
+@pytest.mark.parametrize("aside", [False, True], ids=["damaged", "set aside"])
+def test_an_archive_with_a_damaged_segment_is_refused_unless_asked_for(
+    shop: Shop, aside: bool
+) -> None:
+    """Though nothing is left to compare with: Redis lost all profiles as well."""
+    folder = Path(shop.settings.stream.data_dir)
+    with LocalWorker(shop.settings), TrainerProcess(shop.settings, folder):
+        shop.fold(0)
+        eventually("it is archived", lambda: all_committed(shop.settings))
+    shop.lose_beginning()
+    events = shop.events()
+    shop.client.unlink(*map(Keys(shop.settings.namespace).profile, shop.stored()))
+    segment = min((folder / "archive").glob("day=*/*.parquet"))
+    held = segment.read_bytes()
+    segment.write_bytes(held[: len(held) // 2])
+    if aside:
+        damaged = folder / "archive" / "damaged" / segment.parent.name
+        damaged.mkdir(parents=True)
+        segment.rename(damaged / segment.name)
+    with pytest.raises(UserError, match=f"{re.escape(segment.name)}.*--incomplete"):
+        shop.rebuild(ARCHIVE)
+    assert list(shop.generations.states().values()) == [LIVE, BUILDING]
+    outcome = shop.rebuild(ARCHIVE, flip=False, incomplete=True)
+    assert 0 < shop.events(outcome.generation) < events
+    segment.write_bytes(held)  # restored
+    assert shop.rebuild(ARCHIVE).flipped  # made from the beginning
+    assert shop.events() == events
 
 
 def test_a_snapshot_taken_amid_the_flow_is_made_whole_from_the_topic(
