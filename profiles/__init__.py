@@ -16,7 +16,8 @@ from .errors import (
     StateCorrupt,
 )
 from .outlook import Outlook
-from .reader import AsyncProfileReader, Interest, NearestItem, ProfileReader
+from .plans import Interest, NearestItem
+from .reader import AsyncProfileReader, ProfileReader
 from .recommend import Recommendation
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 Candidates are the neighbours of the latest items, the shopper's own items, and the items
 nearest to their interests and to their next interest; the ranker of the live release, or the
-weights by hand, score them. A plan as those of `reader.py`, which has the methods: five round
+weights by hand, score them. A plan as those of `plans.py`, which has the methods: five round
 trips, whatever the shopper.
 
  1. the profile, with its outlook;
@@ -29,7 +29,7 @@ from .neighbours import Neighbours
 from .schema import ItemRecord
 
 if TYPE_CHECKING:
-    from .reader import Plan, Plans
+    from .plans import Plan, Plans
 
 _NEIGHBOURS: Final = 150  # candidates from co-visitation
 _NEAREST: Final = 50  # and from the text
