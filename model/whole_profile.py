@@ -30,11 +30,9 @@ _CASES: Final = 3_000  # newest rankings that the ranker learns from
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the whole profile is trained, in event time, and for how long."""
+    """When the whole profile is trained, in event time."""
 
     every_ms: float = 28 * DAY_MS
-    first_epochs: int = 8
-    epochs: int = 2  # of every later training, which goes on from the weights there are
     newest_ms: float = 90 * DAY_MS
     """What is older is replayed in part only."""
     every_case: int = 2
@@ -166,11 +164,7 @@ class WholeProfile:
             replace(self._base, earlier=self._candidate),
             self._shop.types,
             self._shop.folder / f"{number:03}",
-            replace(
-                self._settings,
-                epochs=self._schedule.first_epochs if first else self._schedule.epochs,
-                seed=self._settings.seed + number,
-            ),
+            replace(self._settings, seed=self._settings.seed + number),
             replay=whole.take_events(~newest) if not newest.all() else None,
         )
         decision = self._decide(whole, candidate)

@@ -18,10 +18,10 @@ from model.whole_profile import Schedule, WholeProfile
 from profiles.arithmetic import Layout
 from profiles.schema import EVENT_TYPES
 from stream.evaluation_data import Recorded, windows_of
-from stream.settings import ProfileSettings
+from stream.settings import LearnSettings, ProfileSettings
 
 ITEMS, USERS, DAYS, WIDTH = 24, 120, 24, 8
-SCHEDULE = Schedule(every_ms=6 * DAY_MS, first_epochs=6, epochs=1, newest_ms=12 * DAY_MS)
+SCHEDULE = Schedule(every_ms=6 * DAY_MS, newest_ms=12 * DAY_MS)
 SETTINGS = TrainSettings(events=8, batch_events=64, warmup_steps=5, newest_share=0.2, device="cpu")
 
 
@@ -119,6 +119,10 @@ def test_its_heads_speak_after_events_and_never_before_the_first_training(
     assert events.min() >= first // DAY_MS * USERS
     for chances in whole.foretold.chance.values():
         assert len(np.concatenate(chances)) == len(events)
+
+
+def test_it_is_trained_for_as_long_as_a_shop_trains() -> None:
+    assert TrainSettings().epochs == LearnSettings().epochs
 
 
 def test_own_items_are_judged_as_a_profile_keeps_them() -> None:
