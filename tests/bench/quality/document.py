@@ -1,7 +1,7 @@
 """`python -m tests.bench.quality.document DATA [NAME …]`: the figures of docs/evaluation.md.
 
-Runs the sets of `SETS`, all or those named, on files in the folder DATA, keeps what was found
-under STREAM_DATA_DIR/evaluation, and writes the page anew from all that is kept there.
+Runs the sets of `SETS`, all or those named, on files in the folder DATA, and writes each into its
+place on the page as soon as it is through; what the page says of others stays.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -19,10 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from stream.settings import Settings
 from tests.bench.report import commit, cpu_model, memory_gb, write
 
 DOCS: Final = Path(__file__).parents[3] / "docs"
+PAGE: Final = DOCS / "evaluation.md"
 WITH: Final = ("--learn", "--networks")
 
 
@@ -56,26 +57,31 @@ _METRICS: Final = {"recall@10": "R@10", "recall@20": "R@20", "ndcg@10": "N@10", 
 
 
 def main() -> None:
-    """Run what is asked for, then write the page."""
+    """Run what is asked for, each into its place on the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SETS))
     given = parser.parse_args()
-    kept = Settings().stream.data_dir / "evaluation"
+    at_commit = commit()
     for name in given.names or SETS:
-        of = SETS[name]
-        began, at_commit, before_s = datetime.now(UTC), commit(), _children_s()
-        found = _evaluated(of, given.data) | {
-            "about": {
-                "date": f"{began:%Y-%m-%d}",
-                "commit": at_commit,
-                "minutes": round((_children_s() - before_s) / 60),
-                "machine": f"{cpu_model()}, {os.cpu_count()} cores, {memory_gb():.0f} GB, "
-                f"Python {platform.python_version()}",
-            }
-        }
-        (kept / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
-    write(DOCS / "evaluation.md", "\n\n".join(_page(kept)))
+        of, before_s = SETS[name], _children_s()
+        found = _evaluated(of, given.data)
+        about = (
+            f"{datetime.now(UTC):%Y-%m-%d}, commit {at_commit}, {cpu_model()}, {os.cpu_count()} "
+            f"cores, {memory_gb():.0f} GB, Python {platform.python_version()}, "
+            f"{(_children_s() - before_s) / 60:.0f} minutes of CPU: `{_command(of)}`"
+        )
+        page = _sections(PAGE.read_text(encoding="utf-8"))
+        page[of.title] = "\n\n".join([about, *_parts(of, found)])
+        known = [of.title for of in SETS.values() if of.title in page]
+        write(PAGE, "\n\n".join(f"### {title}\n\n{page[title]}" for title in known))
+
+
+def _sections(page: str) -> dict[str, str]:
+    """Title -> what the page says of each set."""
+    measured = page.partition("<!-- measured: begin -->")[2].partition("<!-- measured: end -->")[0]
+    parts = re.split(r"^### (.*)$", measured, flags=re.MULTILINE)
+    return {title: text.strip() for title, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def _evaluated(of: Set, data: Path) -> dict[str, Any]:
@@ -94,34 +100,24 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _page(kept: Path) -> Iterator[str]:
-    for name, of in SETS.items():
-        file = kept / f"{name}.json"
-        if not file.exists():
-            continue
-        found = json.loads(file.read_text(encoding="utf-8"))
-        about = found["about"]
-        command = " ".join(["penchant eval", of.dataset, *(f"--path {f}" for f in of.files), *WITH])
-        yield f"### {of.title}"
-        yield (
-            f"{about['date']}, commit {about['commit']}, {about['machine']}, {about['minutes']} "
-            f"minutes of CPU: `{command}`"
-        )
-        if of.plot:
-            yield f"![Recall@20 over event time]({of.plot})"
-        if found["timeline"]:
-            swaps, rejections = (
-                len(found["timeline"][kind]) for kind in ("swaps_ms", "rejections_ms")
-            )
-            yield f"{found['protocol']} Trainings: {swaps} swapped in, {rejections} rejected."
-        for section in found["sections"]:
-            yield _section(section, found["lift_of"])
-        if found["slices"]:
-            yield _slices(found["slices"], found["lift_of"])
-        if found["heads"]:
-            yield _heads(found["heads"])
-        if found["published"]:
-            yield _published(found["published"])
+def _command(of: Set) -> str:
+    return " ".join(["penchant eval", of.dataset, *(f"--path {f}" for f in of.files), *WITH])
+
+
+def _parts(of: Set, found: Mapping[str, Any]) -> Iterator[str]:
+    if of.plot:
+        yield f"![Recall@20 over event time]({of.plot})"
+    if found["timeline"]:
+        swaps, rejections = (len(found["timeline"][kind]) for kind in ("swaps_ms", "rejections_ms"))
+        yield f"{found['protocol']} Trainings: {swaps} swapped in, {rejections} rejected."
+    for section in found["sections"]:
+        yield _section(section, found["lift_of"])
+    if found["slices"]:
+        yield _slices(found["slices"], found["lift_of"])
+    if found["heads"]:
+        yield _heads(found["heads"])
+    if found["published"]:
+        yield _published(found["published"])
 
 
 def _section(section: Mapping[str, Any], lift_of: str) -> str:
