@@ -66,8 +66,15 @@ def _status_mb(pid: int, name: str) -> float:
 class PipelineProcess:
     """A pipeline as a process of its own, as it would run anywhere."""
 
-    def __init__(self, command: Sequence[str], settings: Mapping[str, str], log: Path) -> None:
-        self._command, self._log = list(command), log
+    def __init__(
+        self,
+        command: Sequence[str],
+        settings: Mapping[str, str],
+        log: Path,
+        folder: Path | None = None,
+    ) -> None:
+        """`folder`: where it runs, else here."""
+        self._command, self._log, self._folder = list(command), log, folder
         self._settings = {**os.environ, **settings}
 
     @property
@@ -77,7 +84,11 @@ class PipelineProcess:
     def __enter__(self) -> Self:
         with self._log.open("wb") as log:
             self._child = subprocess.Popen(
-                self._command, env=self._settings, stdout=log, stderr=subprocess.STDOUT
+                self._command,
+                env=self._settings,
+                cwd=self._folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         return self
 
