@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -47,7 +48,7 @@ from .outlooks import Outlooks
 from .settings import Settings
 from .swapping import Swapper, open_space, reopen_space
 from .topics import connect, keeps_arrival_times
-from .updater import Prepared, Updater
+from .updater import Prepared, Started, Updater
 
 if TYPE_CHECKING:
     import redis
@@ -68,6 +69,8 @@ _WARM_S: Final = 5.0
 _NOTHING: Final = MicroBatch(())
 # At the end, for threads to notice that nothing more is expected of them.
 _REST_S: Final = 0.5
+# Micro-batches that are folded and saved at a time.
+_AT_ONCE: Final = 2
 
 
 def worker_topics(settings: Settings, existing: Container[str]) -> list[str]:
@@ -256,9 +259,18 @@ def _own_store(settings: Settings, layout: Layout, client: redis.Redis, keys: Ke
     )
 
 
+@dataclass(eq=False)
+class _InHand:
+    """A micro-batch that is being applied."""
+
+    begun: MicroBatch
+    started: Started | None  # None: Redis lost writes, and it comes again
+    finishing: asyncio.Task[None] | None = None  # from when on it is there
+
+
 class Pipeline:
-    """Runs the updater's stages on two threads: one batch is prepared while the one before is
-    applied."""
+    """Runs the updater's stages on threads of their own: one batch is prepared while the lanes are
+    at work on the one or two before."""
 
     def __init__(
         self,
@@ -277,11 +289,11 @@ class Pipeline:
         self._prepare = ThreadPoolExecutor(1, "prepare")
         self._apply = ThreadPoolExecutor(1, "apply")
         self._calls: set[Future[Any]] = set()
-        self._applying: asyncio.Task[None] | None = None
+        self._in_hand: list[_InHand] = []
         self._rewinds = 0
 
     async def feed(self, batch: MicroBatch, intake: Intake) -> None:
-        """Prepare a batch, and start to apply it once the one before is applied."""
+        """Prepare a batch, and start to apply it once its turn has come."""
         rewinds, begun = self._rewinds, intake.begin(batch)
         metrics.BATCH_RECORDS.observe(begun.records)
         prepared: Prepared | WritesLost
@@ -289,44 +301,85 @@ class Pipeline:
             prepared = await self._call(self._prepare, self._prepared, begun)
         except WritesLost as lost:
             prepared = lost
-        if self._applying is not None:
-            await self._applying  # raises if it failed: a later batch must never pass a failed one
+        while self._in_hand and not self._may_start(prepared):
+            await _finished(self._in_hand[0])
         if rewinds != self._rewinds:
             intake.done(_NOTHING)  # it came behind what was lost, and comes again
             return
-        self._applying = asyncio.create_task(self._finish(begun, prepared, intake))
-        self._applying.add_done_callback(self._surface)
+        before = self._in_hand[-1] if self._in_hand else None
+        mine = _InHand(begun, self._start(prepared, before))
+        self._in_hand.append(mine)
+        mine.finishing = asyncio.create_task(self._finish(mine, prepared, before, rewinds, intake))
+        mine.finishing.add_done_callback(self._surface)
+
+    def _may_start(self, prepared: Prepared | WritesLost) -> bool:
+        """Beside what is in hand."""
+        last = self._in_hand[-1].started
+        return (
+            len(self._in_hand) < _AT_ONCE
+            and not isinstance(prepared, WritesLost)
+            and last is not None
+            and self._updater.may_start(prepared, last)
+        )
+
+    def _start(self, prepared: Prepared | WritesLost, before: _InHand | None) -> Started | None:
+        if isinstance(prepared, WritesLost):
+            return None
+        return self._updater.start(prepared, before.started if before is not None else None)
 
     def close(self, wait_s: float) -> bool:
-        """Give up what waits for Redis; whether both threads came to rest in time."""
+        """Give up what waits for Redis; whether all threads came to rest in time."""
         self._patience.end()
-        return not wait(list(self._calls), wait_s).not_done
+        lanes = [lane for one in self._in_hand if one.started for lane in one.started.at_work]
+        return not wait([*self._calls, *lanes], wait_s).not_done
 
     def _prepared(self, begun: MicroBatch) -> Prepared:
         taken = self._updater.take_apart(begun)
         return self._patience(lambda: self._updater.prepare(taken))
 
     async def _finish(
-        self, begun: MicroBatch, prepared: Prepared | WritesLost, intake: Intake
+        self,
+        mine: _InHand,
+        prepared: Prepared | WritesLost,
+        before: _InHand | None,
+        rewinds: int,
+        intake: Intake,
     ) -> None:
+        done = mine.begun
+        if before is not None:
+            await _finished(before)
         try:
             if isinstance(prepared, WritesLost):
                 raise prepared
-            await self._call(self._apply, self._applied, (begun, prepared))
+            if rewinds == self._rewinds:
+                await self._call(self._apply, self._applied, mine)
+            else:
+                done = _NOTHING  # as in `feed`
         except WritesLost as lost:
-            before = self._marks.keys.generation
-            # On the thread that prepares: behind what it has in hand, which goes back to before.
-            anew = partial(_begin_anew, self._settings, self._updater, self._marks, lost)
-            await self._call(self._prepare, self._patience, anew)
-            self._rewinds += 1
-            intake.rewind(lost=before == self._marks.keys.generation)
-            begun = _NOTHING
-        intake.done(begun)
+            await self._go_back(lost, intake)
+            done = _NOTHING
+        self._in_hand.remove(mine)
+        intake.done(done)
 
-    def _applied(self, work: tuple[MicroBatch, Prepared]) -> None:
-        begun, prepared = work
-        self._patience(lambda: self._updater.apply(prepared))
-        self._patience(lambda: self._marks.advance(begun.ends()))
+    async def _go_back(self, lost: WritesLost, intake: Intake) -> None:
+        """To where Redis has everything."""
+        at_work = [one.started for one in self._in_hand if one.started is not None]
+        for one in self._in_hand:
+            one.started = None  # so nothing is started beside it
+        for started in at_work:
+            await self._call(self._apply, self._updater.come_to_rest, started)
+        before = self._marks.keys.generation
+        # On the thread that prepares: behind what it has in hand, which goes back to before.
+        anew = partial(_begin_anew, self._settings, self._updater, self._marks, lost)
+        await self._call(self._prepare, self._patience, anew)
+        self._rewinds += 1
+        intake.rewind(lost=before == self._marks.keys.generation)
+
+    def _applied(self, mine: _InHand) -> None:
+        started = mine.started
+        assert started is not None
+        self._patience(lambda: self._updater.finish(started))
+        self._patience(lambda: self._marks.advance(mine.begun.ends()))
 
     async def _call(self, thread: ThreadPoolExecutor, function: Callable[[A], T], argument: A) -> T:
         call = thread.submit(function, argument)
@@ -338,6 +391,12 @@ class Pipeline:
         """Report a failure even if no further batch comes to meet it."""
         if not applied.cancelled() and (error := applied.exception()) is not None:
             self._on_failure(error)
+
+
+async def _finished(one: _InHand) -> None:
+    """Raises if it failed: a later batch must never pass a failed one."""
+    assert one.finishing is not None
+    await one.finishing
 
 
 class Patience:

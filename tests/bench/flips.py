@@ -23,7 +23,7 @@ def _timed(stage: str, work: Callable[..., Any], out: TextIO) -> Callable[..., A
     def timed(updater: Updater, batch: Any) -> Any:
         began_s = time.perf_counter()
         done = work(updater, batch)
-        prepared = batch if done is None else done
+        prepared = batch.prepared if done is None else done
         line = [stage, prepared.catalogue.engine.space, began_s, time.perf_counter()]
         out.write(json.dumps(line) + "\n")
         return done
@@ -34,8 +34,8 @@ def _timed(stage: str, work: Callable[..., Any], out: TextIO) -> Callable[..., A
 def main() -> None:
     """Run `penchant updater`."""
     out = Path(sys.argv[1]).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115
-    for stage in ("prepare", "apply"):
-        setattr(Updater, stage, _timed(stage, getattr(Updater, stage), out))
+    for stage, name in (("prepare", "prepare"), ("apply", "finish")):
+        setattr(Updater, name, _timed(stage, getattr(Updater, name), out))
     sys.argv = ["penchant", "updater"]
     cli.main()
 

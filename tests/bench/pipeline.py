@@ -230,7 +230,7 @@ def measure(
                 return counted_by(client, pipeline, settings.namespace)
 
             drained = watching.drain(client, process, pids, total, keys[:at], keys[at:], counted)
-            in_all = counted()
+            in_all = watching.settled(counted, total)
             top = watching.Load(name, events, drained.rate, bench.fresh_s)
             fresh_ms = _fresh(pipeline, settings, client, process, top, loads)
             peak = watching.peak_mb(process.pid)

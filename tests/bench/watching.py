@@ -39,6 +39,7 @@ _PROBE_POLL_S: Final = 0.002
 _PROBES_PER_S: Final = 50.0
 _LOAD_STEP_S: Final = 0.005
 _PATIENCE_S: Final = 300.0
+_SETTLED_S: Final = 5.0
 _PROBE_PATIENCE_S: Final = 30.0
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
@@ -74,8 +75,15 @@ def _status_mb(pid: int, name: str) -> float:
 class PipelineProcess:
     """A pipeline as a process of its own, as it would run anywhere."""
 
-    def __init__(self, command: Sequence[str], settings: Mapping[str, str], log: Path) -> None:
-        self._command, self._log = list(command), log
+    def __init__(
+        self,
+        command: Sequence[str],
+        settings: Mapping[str, str],
+        log: Path,
+        folder: Path | None = None,
+    ) -> None:
+        """`folder`: where it runs, else here."""
+        self._command, self._log, self._folder = list(command), log, folder
         self._settings = {**os.environ, **settings}
 
     @property
@@ -85,7 +93,11 @@ class PipelineProcess:
     def __enter__(self) -> Self:
         with self._log.open("wb") as log:
             self._child = subprocess.Popen(
-                self._command, env=self._settings, stdout=log, stderr=subprocess.STDOUT
+                self._command,
+                env=self._settings,
+                cwd=self._folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         return self
 
@@ -142,6 +154,15 @@ def drain(
     seconds = time.perf_counter() - begin_s
     spent = {name: cpu_s(pid) - begin_cpu[name] for name, pid in pids.items()}
     return Drained(events - already, seconds, spent)
+
+
+def settled(counted: Callable[[], int], total: int) -> int:
+    """What is counted once it is all, or after some seconds: a stream's last events may be read
+    a micro-batch before all the others."""
+    deadline_s = time.monotonic() + _SETTLED_S
+    while (now := counted()) != total and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    return now
 
 
 def _wait(process: PipelineProcess, reached: Callable[[], bool]) -> None:

@@ -5,7 +5,8 @@
              of a slice belong to one shopper: the hardest case for a pipeline that folds per user
 
 Every stream ends with one event per partition of a shopper who has no other (`ends`): events of
-a partition are saved in order, so a stream is through when the last of these can be read.
+a partition are saved in order, shoppers by lanes that are a micro-batch apart at most, so a stream
+is through when the last of these can be read, or a hundredth of it later.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from stream.settings import (
     StreamSettings,
 )
 from stream.topics import connect, create_topics, keeps_arrival_times, topic_ids
-from stream.updater import Updater
+from stream.updater import Prepared, Updater
 from stream.updater_app import find_topics
 from tests import oracle
 from tests.between import Between
@@ -441,6 +442,66 @@ def test_ten_thousand_events_of_one_user_in_one_slice(make_shop: MakeShop) -> No
 def _fold(updater: Updater, batch: MicroBatch) -> None:
     """As the pipeline does."""
     updater.apply(updater.prepare(updater.take_apart(batch)))
+
+
+def test_a_lane_that_is_free_goes_on_with_the_next_batch_and_a_busy_one_does_not(
+    make_shop: MakeShop,
+) -> None:
+    shop = make_shop()
+    shop.send(*ITEMS)
+    with LocalWorker(shop.settings):
+        shop.wait_folded()
+    updater = LocalWorker(shop.settings).updater
+    first, second = _two_in_lanes(shop, updater)
+    free = threading.Event()
+    updater._lanes[1].submit(free.wait)
+    before = updater.start(first)
+    assert updater.may_start(second, before)
+    after = updater.start(second, before)
+    wait([lane for at, lane in enumerate(after.at_work) if at != 1])
+    assert before.left == after.left == {1}
+    free.set()
+    updater.finish(before)
+    updater.finish(after)
+    assert {profile.counts["view"] for profile in shop.profiles().values()} == {2}
+
+
+def _two_in_lanes(shop: Shop, updater: Updater) -> list[Prepared]:
+    """Two micro-batches of the same shoppers, one event each."""
+    n = 1_200
+    return [
+        updater.prepare(
+            updater.take_apart(
+                shop.batch(*[_view(f"u{i}", t_ms=T_MS + turn) for i in range(n)], first=n * turn)
+            )
+        )
+        for turn in range(2)
+    ]
+
+
+def test_what_failed_in_a_lane_is_saved_before_what_came_behind_it(
+    make_shop: MakeShop, redis_url: str
+) -> None:
+    wire = _Outage(_port(redis_url))
+    shop = make_shop(2, url=_through(redis_url, wire))
+    updater = LocalWorker(shop.settings).updater
+    shop.send(*ITEMS)
+    with LocalWorker(shop.settings):
+        shop.wait_folded()
+    first, second = _two_in_lanes(shop, updater)
+    wire.saves_left = 1
+    before = updater.start(first)
+    with pytest.raises(RedisUnavailable):
+        updater.finish(before)
+    wire.away = False
+    failed = set(before.left)
+    assert failed
+    after = updater.start(second, before)
+    updater.come_to_rest(after)
+    assert after.left == failed
+    updater.finish(before)
+    updater.finish(after)
+    assert {profile.counts["view"] for profile in shop.profiles().values()} == {2}
 
 
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
@@ -840,7 +901,7 @@ def test_what_a_save_with_a_lost_reply_did_is_counted_once_and_as_what_it_was(
     shop.send(*ITEMS)
     with LocalWorker(shop.settings):
         shop.wait_folded()
-    users = 700  # enough for two lanes
+    users = 1_100  # enough for lanes
     events = _events_of_all_sorts(users)
     _fold(updater, shop.batch(*[_view(f"u{i}") for i in range(users)], partition=1))
     before = _counted()

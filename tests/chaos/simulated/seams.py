@@ -28,6 +28,7 @@ import redis.connection
 import redis.retry
 from confluent_kafka.admin import AdminClient
 
+from stream import updater
 from stream.swapping import wanted_space
 from stream.updater import Updater
 
@@ -116,8 +117,11 @@ def _replacements(
 
 
 @contextmanager
-def under(scheduler: Scheduler, network: Network, cluster: Cluster) -> Iterator[None]:
-    """Inside, production code lives in this world."""
+def under(
+    scheduler: Scheduler, network: Network, cluster: Cluster, lane_users: int = 256
+) -> Iterator[None]:
+    """Inside, production code lives in this world. `lane_users`: how many users make it worth while
+    to fold in lanes; a world has far fewer than a shop."""
     given = {id(real): stand_in for real, stand_in in _replacements(scheduler, network, cluster)}
     changed: list[tuple[Any, str, Any]] = []
     modules = [
@@ -131,9 +135,11 @@ def under(scheduler: Scheduler, network: Network, cluster: Cluster) -> Iterator[
     # A default is bound when a function is defined, before any world there is.
     defaults = Updater.__init__.__kwdefaults__
     clock, defaults["clock"] = defaults["clock"], lambda: wall_s(scheduler)
+    in_a_shop, updater._LANE_USERS = updater._LANE_USERS, lane_users  # type: ignore[misc]
     try:
         yield
     finally:
         defaults["clock"] = clock
+        updater._LANE_USERS = in_a_shop  # type: ignore[misc]
         for module, name, value in changed:
             setattr(module, name, value)

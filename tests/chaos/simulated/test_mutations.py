@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+import stream.updater
 from profiles import arithmetic, schema
 from profiles.errors import RedisUnavailable
 from profiles.marks import Marks
 from profiles.store import FoldedHere, ProfileStore
 from stream.intake import Intake, MicroBatch
 from stream.offsets import OffsetTracker, TopicPartition
-from stream.updater import Updater
+from stream.updater import Started, Updater
 from stream.updater_app import Pipeline
 from tests.chaos.simulated.world import play
 
@@ -122,10 +123,9 @@ def no_guard(patch: Patch) -> None:
 
 
 def marks_before_saves(patch: Patch) -> None:
-    def applied(pipeline: Pipeline, work: Any) -> None:
-        begun, prepared = work
-        pipeline._patience(lambda: pipeline._marks.advance(begun.ends()))
-        pipeline._patience(lambda: pipeline._updater.apply(prepared))
+    def applied(pipeline: Pipeline, mine: Any) -> None:
+        pipeline._patience(lambda: pipeline._marks.advance(mine.begun.ends()))
+        pipeline._patience(lambda: pipeline._updater.finish(mine.started))
 
     patch.setattr(Pipeline, "_applied", applied)
 
@@ -136,13 +136,34 @@ def marks_are_not_asked(patch: Patch) -> None:
 
 
 def a_batch_that_failed_is_passed(patch: Patch) -> None:
-    apply = Updater.apply
+    finish = Updater.finish
 
-    def careless(updater: Updater, prepared: Any) -> None:
+    def careless(updater: Updater, started: Started) -> None:
         with suppress(RedisUnavailable):
-            apply(updater, prepared)
+            finish(updater, started)
 
-    patch.setattr(Updater, "apply", careless)
+    patch.setattr(Updater, "finish", careless)
+
+
+def a_lane_passes_what_failed_in_it(patch: Patch) -> None:
+    def careless(updater: Updater, started: Started, lane: int) -> None:
+        started.work[lane]()
+        started.left.discard(lane)
+
+    patch.setattr(Updater, "_work_in_lane", careless)
+
+
+def a_lane_does_not_wait_for_the_batch_before(patch: Patch) -> None:
+    def set_to_work(updater: Updater, started: Started) -> None:
+        def work(lane: int) -> None:
+            started.work[lane]()
+            started.left.discard(lane)
+
+        lanes = sorted(started.left)
+        threads = stream.updater.ThreadPoolExecutor(len(lanes), "of-its-own")
+        started.at_work = [threads.submit(work, lane) for lane in lanes]
+
+    patch.setattr(Updater, "_set_to_work", set_to_work)
 
 
 LOSES_WRITES, STALLS, DIES = ("redis loses writes",), ("stall",), ("redis dies",)
@@ -161,6 +182,8 @@ MISTAKES: Mapping[Callable[[Patch], None], Sequence[str]] = {
     marks_before_saves: (),
     marks_are_not_asked: (*LOSES_WRITES, "crash"),
     a_batch_that_failed_is_passed: DIES,
+    a_lane_passes_what_failed_in_it: DIES,
+    a_lane_does_not_wait_for_the_batch_before: (),
 }
 
 

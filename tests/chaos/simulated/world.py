@@ -213,6 +213,7 @@ class World:
         self.cluster.commit_fails = some(0.2)
         self.cluster.commit_unanswered = some(0.2)
         self.cluster.refetch = some(0.02)
+        self.lane_users = chance.choice((0, 0, 256))
 
     def engine(self) -> Any:
         """For a worker that starts."""
@@ -410,7 +411,7 @@ def play(seed: int, kinds: Sequence[str] | None = None) -> Outcome:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # coroutines that were never awaited
-            with under(world.scheduler, world.network, world.cluster):
+            with under(world.scheduler, world.network, world.cluster, world.lane_users):
                 try:
                     world.play()
                 except (Violation, Stuck) as error:
