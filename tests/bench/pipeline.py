@@ -179,7 +179,7 @@ def main() -> None:
     chosen = [p for p in PIPELINES if options.only in p.name]
     names = [options.workload] if options.workload else list(WORKLOADS)
     share, repeats = (0.05, 1) if options.quick else (1.0, options.repeats)
-    with open_bench(fresh_s=6.0 if options.quick else 20.0) as bench:
+    with open_bench(fresh_s=6.0 if options.quick else 15.0) as bench:
         readings, tops = measure_all(bench, chosen, names, repeats, share)
     text = report.render(readings, tops, repeats, _command())
     print(text)
