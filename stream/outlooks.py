@@ -6,15 +6,17 @@ them, if they are still the same. Nothing else depends on it: whoever does not f
 queue when the worker ended, keeps an older outlook until they act again.
 
 On a GPU that costs little. On a CPU, 64 windows take as long as the fold of a micro-batch, so there
-the thread rests after each batch: see `Pace`.
+the thread rests after each batch: see `Pace`. It has the lowest priority that a thread may have.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Final
 
@@ -39,6 +41,7 @@ _BATCH_ON_GPU: Final = 1024
 _RETRY_S: Final = 2.0
 _LOOKS_UP_S: Final = 0.2
 _LOOKED_BACK_S: Final = 1.0
+_NICENESS: Final = 19  # whoever waits for an event goes first, brokers and Redis beside it too
 
 
 class Waiting:
@@ -131,6 +134,8 @@ class Outlooks:
             self._thread.join(wait_s)
 
     def _run(self) -> None:
+        with suppress(OSError, AttributeError):  # a courtesy, where the system has it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             while not self._ended.is_set():
                 self._turn()

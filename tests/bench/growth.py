@@ -57,6 +57,7 @@ _RATE_S: Final = 12.0
 _PARTITIONS: Final = (1, 4, 12, 64, 256)
 _WORKERS: Final = (1, 2, 3, 4)
 _BACKLOG: Final = 200_000
+_LONG_BACKLOG: Final = 800_000  # the first of several is at work before the last has joined
 
 Part = Callable[[float], str]
 """Share of the full size -> a table."""
@@ -245,7 +246,10 @@ def _table(n: int, vectors: Any) -> tuple[list[float], float]:
 def rate(share: float) -> str:
     """Cores in use and freshness, as events become more."""
     rows = []
-    with pipeline.open_bench(fresh_s=0.0) as bench, _draining(bench, 1, {}, share) as run:
+    with (
+        pipeline.open_bench(fresh_s=0.0) as bench,
+        _draining(bench, 1, {}, _BACKLOG * share) as run,
+    ):
         run.drained()
         first = run.events
         for per_s in _RATES:
@@ -280,7 +284,7 @@ def partitions(share: float) -> str:
     rows = []
     with pipeline.open_bench(fresh_s=0.0) as bench:
         for count in _PARTITIONS:
-            with _draining(bench, 1, {"KAFKA_PARTITIONS": str(count)}, share) as run:
+            with _draining(bench, 1, {"KAFKA_PARTITIONS": str(count)}, _BACKLOG * share) as run:
                 rows.append([f"{count}", *_drained_row(run)])
     return report.table(["partitions", *_DRAINED], rows)
 
@@ -290,7 +294,7 @@ def workers(share: float) -> str:
     rows = []
     with pipeline.open_bench(fresh_s=0.0) as bench:
         for count in _WORKERS:
-            with _draining(bench, count, {}, share) as run:
+            with _draining(bench, count, {}, _LONG_BACKLOG * share) as run:
                 rows.append([f"{count}", *_drained_row(run)])
     return report.table(["workers", *_DRAINED], rows)
 
@@ -324,7 +328,7 @@ class _Run:
     ) -> None:
         self.client, self.settings, self.workers = client, settings, workers
         self.events = len(work.records)
-        self._work, self._servers = work, servers
+        self._servers = servers
 
     @property
     def pids(self) -> dict[str, int]:
@@ -336,47 +340,55 @@ class _Run:
         return {name: watching.cpu_s(pid) for name, pid in self.pids.items()}
 
     def drained(self) -> watching.Drained:
-        namespace, form = self.settings.namespace, self.penchant.profile_key
-        starts, ends = (
-            [form % (namespace, user) for user in users]
-            for users in (self._work.starts, self._work.ends)
-        )
-        return watching.drain(
-            self.client, self.workers[0], self.pids, self.events, starts, ends,
-            lambda: pipeline.counted_by(self.client, self.penchant, namespace),
-        )  # fmt: skip
+        """From the first events that are done, or from now if there are some, to the last: by the
+        marks of partitions in Redis, below which all is saved."""
+        marks = Keys(self.settings.namespace).marks()
+
+        def done() -> int:
+            return sum(map(int, self.client.hvals(marks)))
+
+        self._wait(lambda: done() > 0)
+        first, before, begin_s = done(), self.spent(), time.perf_counter()
+        self._wait(lambda: done() >= self.events)
+        seconds = time.perf_counter() - begin_s
+        spent = {name: now_s - before[name] for name, now_s in self.spent().items()}
+        if (
+            counted := pipeline.counted_by(self.client, self.penchant, self.settings.namespace)
+        ) != self.events:
+            raise SystemExit(f"{counted:,} of {self.events:,} events are counted")
+        return watching.Drained(self.events - first, seconds, spent)
+
+    def _wait(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            for worker in self.workers:
+                worker.check()
+            time.sleep(0.005)
 
 
 @contextlib.contextmanager
 def _draining(
-    bench: pipeline.Bench, count: int, more: dict[str, str], share: float
+    bench: pipeline.Bench, count: int, more: dict[str, str], events: float
 ) -> Iterator[_Run]:
-    """A topic that is full before its worker starts; if there are several, before all of them have
-    partitions: whoever came first would be done before the last."""
+    """A topic that was full before its workers started, all of which have partitions."""
     with (
         bench.shop(more) as (settings, environment),
         Redis.from_url(bench.redis.url) as client,
         contextlib.ExitStack() as started,
     ):
-        work = workloads.make(
-            "spread", bench.data, max(2_000, int(_BACKLOG * share)), settings.kafka.partitions
-        )
+        work = workloads.make("spread", bench.data, int(events), settings.kafka.partitions)
+        watching.produce(settings.kafka.client_config(), settings.namespace, work.records)
         workers = [
-            watching.PipelineProcess(
-                (sys.executable, *_Run.penchant.command),
-                {**environment, "STREAM_DATA_DIR": str(bench.folder / f"worker-{i}")},
-                bench.folder / f"{settings.namespace}-{i}.log",
+            started.enter_context(
+                watching.PipelineProcess(
+                    (sys.executable, *_Run.penchant.command),
+                    {**environment, "STREAM_DATA_DIR": str(bench.folder / f"worker-{i}")},
+                    bench.folder / f"{settings.namespace}-{i}.log",
+                )
             )
             for i in range(count)
         ]
-        kafka = settings.kafka.client_config()
-        if count == 1:
-            watching.produce(kafka, settings.namespace, work.records)
-        for worker in workers:
-            started.enter_context(worker)
         if count > 1:
             _wait_for_members(settings, workers)
-            watching.produce(kafka, settings.namespace, work.records)
         servers = {"broker": pipeline.pid(bench.kafka), "redis": pipeline.pid(bench.redis)}
         yield _Run(client, settings, work, workers, servers)
 

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -170,7 +171,9 @@ def _where(repeats: int, command: str) -> str:
     )
 
 
+@cache
 def commit() -> str:
+    """As of the first question: what a run writes does not make it dirty."""
     answer = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
